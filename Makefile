@@ -1,0 +1,49 @@
+# Everything that one types. `make` alone lists it.
+# PYTHON is the Python that looks for the right one: any Python 3 will do.
+PYTHON ?= python3
+RUN := .venv/bin
+FAST := $(RUN)/python -P -m pytest -n 2 -m "not engine and not loop and not promises"
+
+.DEFAULT_GOAL := help
+.PHONY: help serve demo test test-fast promises lint bench clean env env-dev
+
+help:  ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: env  ## serve: MODEL=<directory or name> HOST=127.0.0.1 PORT=8000 DATA=./data
+	@exec $(RUN)/burnish serve $(if $(MODEL),--model "$(MODEL)") $(if $(HOST),--host "$(HOST)") \
+		$(if $(PORT),--port "$(PORT)") $(if $(DATA),--data "$(DATA)")
+
+demo: env  ## the whole loop in one command: chat, judge, tune, promote (about 15 minutes)
+	@exec $(RUN)/burnish demo
+
+test: env-dev  ## all tests: fast, promises in small, engine (real vLLM), loop (real model)
+	$(FAST)
+	$(RUN)/python -P -m pytest -n 2 -m "promises and not engine"
+	$(RUN)/python -P -m pytest -m "engine"
+	$(RUN)/python -P -m pytest -m "loop"
+
+test-fast: env-dev  ## the fast layer alone: no vLLM, no training of a real model
+	$(FAST)
+
+promises: env-dev  ## every promise with its full number of repetitions (long)
+	BURNISH_PROMISES=full $(RUN)/python -P -m pytest -s -m "promises"
+
+lint: env-dev  ## ruff, mypy --strict, import directions
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+bench: env-dev  ## the benchmarks, one after the other
+	set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(RUN)/python -P $$file; done
+
+clean:  ## remove the environment and all caches; what DATA holds stays
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env:
+	@$(PYTHON) bootstrap.py env
+
+env-dev:
+	@$(PYTHON) bootstrap.py env --dev
