@@ -1,0 +1,101 @@
+"""Promise 13: a tuner killed at any point, in mid-save too, resumes to the byte-identical adapter.
+
+Real processes and SIGKILL at moments drawn at random: 3 of them, 30 with `BURNISH_PROMISES=full`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tuner.training.runs import build_config, preference_rows, supervised_rows
+from tuner.adapters import content_hash
+from tuner.training.config import child_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+POINTS = 30 if os.environ.get("BURNISH_PROMISES") == "full" else 3
+KILLS_PER_RUN = 3
+
+Events = list[dict[str, Any]]
+
+
+def write_config(folder: Path, model: Path) -> Path:
+    """A run with dropout, pairs, validation, and a checkpoint after each step."""
+    config = build_config(
+        folder,
+        model,
+        preference_rows(24) + supervised_rows(12),
+        method="dpo",
+        lora_dropout=0.1,
+        epochs=3,
+        batch_size=6,
+        validation_share=0.2,
+        min_validation=2,
+        patience=None,
+    )
+    (folder / "config.json").write_text(config.to_json())
+    return folder / "config.json"
+
+
+def run(config: Path, *, kill_after: tuple[int, float] | None = None) -> Events:
+    """Every event of the trainer; it is killed that many seconds after that many events."""
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "tuner.training", str(config)],
+        env={**os.environ, **child_environment(1), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert child.stdout is not None
+    events: Events = []
+    timer: threading.Timer | None = None
+    for line in child.stdout:
+        if line.endswith(b"\n"):
+            events.append(json.loads(line))
+        if kill_after is not None and len(events) == kill_after[0]:
+            timer = threading.Timer(kill_after[1], child.kill)
+            timer.start()
+    child.wait()
+    if timer is not None:
+        timer.cancel()
+    child.stdout.close()
+    return events
+
+
+@pytest.mark.promises
+def test_a_killed_tuner_resumes_to_the_byte_identical_adapter(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    whole = run(write_config(tmp_path / "whole", tiny_model))
+    assert whole[-1]["event"] == "finished"
+    expected = content_hash(Path(whole[-1]["adapter"]))
+
+    source = random.Random(13)
+    killed = rounds = 0
+    resumed: list[int] = []
+    while killed < POINTS:
+        rounds += 1
+        assert rounds <= 2 * POINTS, "the kills come too late to hit anything"
+        config = write_config(tmp_path / str(rounds), tiny_model)
+        for _ in range(KILLS_PER_RUN):
+            # A third of what an untouched run tells, so that several kills fit into one run.
+            after = source.randrange(1, len(whole) // KILLS_PER_RUN)
+            events = run(config, kill_after=(after, source.uniform(0, 0.05)))
+            resumed += [event["resumed_at_step"] for event in events if "resumed_at_step" in event]
+            if events[-1]["event"] == "finished":
+                break
+            killed += 1
+        else:
+            events = run(config)
+            resumed += [event["resumed_at_step"] for event in events if "resumed_at_step" in event]
+        assert events[-1]["event"] == "finished"
+        assert content_hash(Path(events[-1]["adapter"])) == expected
+    print(f"{killed} kills in {rounds} runs, resumed at steps {resumed}; all equal")
+    assert resumed

@@ -1,0 +1,1 @@
+"""One tuning job in a child process; the only package that imports torch, transformers and peft."""

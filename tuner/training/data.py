@@ -1,0 +1,322 @@
+"""From JSON Lines to token ids: what each row teaches, rendered exactly as it will be served.
+
+Owns: the two dialects (TRL's conversational rows, OpenAI's fine-tuning rows), rendering with the
+base's chat template, the reasons for which an example is dropped, and the validation slice. Does
+not own: which judgements became rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from jinja2 import TemplateError
+
+Message = Mapping[str, Any]
+Kind = Literal["supervised", "preference", "labelled"]
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names file, line and reason."""
+
+
+class Tokenizer(Protocol):
+    """What rendering needs of a transformers tokenizer."""
+
+    eos_token_id: int | None
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Render messages to token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a file, read and checked, not yet rendered."""
+
+    id: str
+    kind: Kind
+    prompt: tuple[Message, ...]
+    completions: tuple[tuple[Message, ...], ...]  #: of a preference: chosen, rejected
+    weight: float = 1.0
+    tools: tuple[Any, ...] | None = None
+    prompt_tokens: int | None = None  #: length of the rendered prompt when it was served
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One rendered example: token ids, ready for the model."""
+
+    id: str
+    kind: Kind
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]  #: each ends with the end-of-turn token
+    weight: float
+    #: hash of the first user turn, hex; examples of one group stay on one side of the validation
+    #: split
+    group: str
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completions together."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def content_hash(self) -> str:
+        """Hash (hex) of the token ids."""
+        return hashlib.sha256(json.dumps([self.prompt, self.completions]).encode()).hexdigest()
+
+
+def read_rows(paths: Sequence[Path]) -> list[Row]:
+    """Read every row of the files, in order. Raises `DataError` naming file, line and reason."""
+    rows: list[Row] = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise DataError(f"{path.name}: the file is missing") from None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path.name}: not UTF-8 ({error.reason} at byte {error.start})"
+            ) from None
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.extend(_parse(json.loads(line)))
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path.name}, line {number}: {error}") from None
+    return rows
+
+
+def _parse(row: Any) -> Iterator[Row]:
+    if not isinstance(row, dict):
+        raise ValueError(f"found {type(row).__name__}, expected an object")
+    row_id = (
+        row.get("id")
+        or "row_" + hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:24]
+    )
+    common: dict[str, Any] = {
+        "weight": _weight(row),
+        "tools": _tools(row),
+        "prompt_tokens": _prompt_tokens(row),
+    }
+    if "messages" in row:
+        yield from _parse_chat(row_id, _messages(row, "messages"), common)
+    elif "input" in row:
+        inner = row["input"] if isinstance(row["input"], dict) else {}
+        prompt = _messages(inner, "messages")
+        pair = (_answer(row, "preferred_output"), _answer(row, "non_preferred_output"))
+        common["tools"] = _tools(inner)
+        yield Row(row_id, "preference", prompt, pair, **common)
+    else:
+        kind = row.get("kind") or _kind(row)
+        keys: dict[Kind, tuple[str, ...]] = {
+            "supervised": ("completion",),
+            "preference": ("chosen", "rejected"),
+            "labelled": ("completion",),
+        }
+        if kind not in keys:
+            raise ValueError(f"kind is {kind!r}; expected one of {sorted(keys)}")
+        answers = tuple(_answer(row, key) for key in keys[kind])
+        yield Row(row_id, kind, _messages(row, "prompt"), answers, **common)
+
+
+def _parse_chat(
+    row_id: str, messages: tuple[Message, ...], common: dict[str, Any]
+) -> Iterator[Row]:
+    """OpenAI's chat rows teach every assistant turn, except those with weight 0."""
+    turns = [
+        index for index, message in enumerate(messages)
+        if message["role"] == "assistant" and index and message.get("weight", 1)
+    ]  # fmt: skip
+    if not turns:
+        raise ValueError("no assistant message follows a prompt, so nothing can be learned from it")
+    for index in turns:
+        name = row_id if len(turns) == 1 else f"{row_id}#{index}"
+        yield Row(name, "supervised", messages[:index], (messages[index : index + 1],), **common)
+
+
+def _kind(row: Mapping[str, Any]) -> Kind | None:
+    if "chosen" in row:
+        return "preference"
+    return "labelled" if "label" in row else "supervised" if "completion" in row else None
+
+
+def _messages(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
+    messages = row.get(key)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{key!r} is {messages!r:.80}; expected a list of messages")
+    return tuple(_message(message, key) for message in messages)
+
+
+def _message(message: Any, key: str) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{key!r} holds {message!r:.80}; expected a message with role and content")
+    content = message.get("content")
+    if isinstance(
+        content, list
+    ):  # OpenAI's content parts; a text model is served their text, line by line
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{key!r} holds content other than text")
+        content = "\n".join(map(str, texts))
+    if not isinstance(content, str) and not message.get("tool_calls"):
+        raise ValueError(f"{key!r} holds a {message['role']} message without text")
+    return {**message, "content": content or ""}
+
+
+def _answer(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
+    messages = _messages(row, key)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise ValueError(
+            f"{key!r} must be one assistant message, found {[m['role'] for m in messages]}"
+        )
+    return messages
+
+
+def _weight(row: Mapping[str, Any]) -> float:
+    weight = row.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+        raise ValueError(f"'weight' is {weight!r}; expected a positive number")
+    return float(weight)
+
+
+def _prompt_tokens(row: Mapping[str, Any]) -> int | None:
+    tokens = row.get("prompt_tokens")
+    if tokens is not None and type(tokens) is not int:
+        raise ValueError(f"'prompt_tokens' is {tokens!r}; expected a whole number or null")
+    return tokens
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    tools = row.get("tools")
+    return tuple(tools) if isinstance(tools, list) and tools else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What a set of rows became."""
+
+    examples: tuple[Example, ...]
+    drops: Mapping[str, int]  #: reason to count
+
+
+class Renderer:
+    """Turns rows into token ids with the base's own chat template, in its non-thinking form."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, end_token_ids: Sequence[int], *, max_length: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._ends = frozenset(end_token_ids)
+        self._end = (
+            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else end_token_ids[0]
+        )
+        self._max_length = max_length
+
+    def render(self, rows: Sequence[Row], kinds: frozenset[Kind]) -> Rendered:
+        """Render the rows of the given kinds; the others, and those that don't fit, are counted by
+        reason.
+
+        Reasons: `other_kind`, `template_mismatch` (the prompt is not as long as it was when served,
+        or the template renders prompt and answer differently together than apart),
+        `template_refused` (the template takes no such conversation), `too_long`, `empty`.
+        """
+        examples: list[Example] = []
+        drops: Counter[str] = Counter()
+        for row in rows:
+            example = self._render_row(row) if row.kind in kinds else "other_kind"
+            if isinstance(example, str):
+                drops[example] += 1
+            else:
+                examples.append(example)
+        return Rendered(tuple(examples), dict(sorted(drops.items())))
+
+    def render_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids that the engine would be given before it answers."""
+        return self._ids(messages, tools, add_generation_prompt=True)
+
+    def _render_row(self, row: Row) -> Example | str:
+        try:
+            return self._render_turns(row)
+        except TemplateError:
+            return "template_refused"
+
+    def _render_turns(self, row: Row) -> Example | str:
+        prompt = self.render_prompt(row.prompt, row.tools)
+        if row.prompt_tokens is not None and row.prompt_tokens != len(prompt):
+            return "template_mismatch"
+        completions: list[tuple[int, ...]] = []
+        for messages in row.completions:
+            whole = self._ids((*row.prompt, *messages), row.tools, add_generation_prompt=False)
+            if whole[: len(prompt)] != prompt:
+                return "template_mismatch"
+            completions.append(self._end_of_turn(whole[len(prompt) :]))
+        if any(len(completion) < 2 for completion in completions):
+            return "empty"
+        if len(prompt) + max(map(len, completions)) > self._max_length:
+            return "too_long"
+        return Example(
+            row.id, row.kind, prompt, tuple(completions), row.weight, group_of(row.prompt)
+        )
+
+    def _end_of_turn(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Cut behind the last end token:
+
+        what a template writes after it, an engine never generates.
+        """
+        for index in range(len(tokens), 0, -1):
+            if tokens[index - 1] in self._ends:
+                return tokens[:index]
+        return (*tokens, self._end)
+
+    def _ids(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: bool
+    ) -> tuple[int, ...]:
+        ids = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=list(tools) if tools else None,
+            tokenize=True,
+            return_dict=False,
+            enable_thinking=False,
+            **options,
+        )
+        return tuple(ids)
+
+
+def group_of(prompt: Sequence[Message]) -> str:
+    """Hash (hex) of the first user turn, without its spacing and case;
+
+    of the whole prompt where there is none.
+    """
+    first = next((message["content"] for message in prompt if message["role"] == "user"), None)
+    text = (
+        first
+        if first is not None
+        else json.dumps([dict(message) for message in prompt], sort_keys=True)
+    )
+    return hashlib.sha256(
+        " ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()
+    ).hexdigest()
+
+
+def split_validation(
+    examples: Sequence[Example], *, share: float, minimum: int
+) -> tuple[list[Example], list[Example]]:
+    """Return (training, validation): validation is `share` of the groups, chosen by their hash
+    alone.
+
+    With fewer than `minimum` of them, or nothing left to train on, everything trains and validation
+    is empty.
+    """
+    held = [example for example in examples if int(example.group[:8], 16) < share * 2**32]
+    if len(held) < minimum or len(held) == len(examples):
+        return list(examples), []
+    return [example for example in examples if int(example.group[:8], 16) >= share * 2**32], held
