@@ -1,0 +1,126 @@
+"""Evaluations: what is compared, and which rows of the holdout count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from feedback.db import Database
+from feedback.errors import BadRequest, Conflict, NotFound
+from feedback.tables import DatasetStatus
+from tests.tuner.records import (
+    add_dataset,
+    add_file,
+    make_candidate,
+    make_deployment,
+    supervised,
+)
+from tuner import evaluations
+from tuner.gate import Check, Verdict
+from tuner.jobs import create_job
+from tuner.releases import discard, get_release
+from tuner.tables import Decision, JobKind
+
+HOLDOUT = [supervised(f"ex_h{number}", f"Held {number}?", "Good.") for number in range(4)]
+
+
+def test_a_candidate_is_compared_with_production_on_its_data_sets_holdout(
+    database: Database, tmp_path: Path
+) -> None:
+    with database.write() as session:
+        make_deployment(session, system_prompt="Be kind.")
+        dataset = add_dataset(session, tmp_path, holdout=HOLDOUT)
+        add_dataset(session, tmp_path, holdout=HOLDOUT[:1])
+        release = make_candidate(session, dataset_id=dataset.id)
+        evaluation, job = evaluations.create_evaluation(session, release, created_by="ann")
+        assert (job.kind, job.spec) == (JobKind.EVALUATE, {"evaluation_id": evaluation.id})
+        assert (evaluation.baseline, evaluation.dataset_id) == ("assistant@0", dataset.id)
+    with database.read() as session:
+        subject = evaluations.load_subject(session, evaluation.id, data=tmp_path)
+    assert (subject.candidate.name, subject.baseline.name) == ("assistant@1", "assistant@0")
+    assert [row["id"] for row in subject.rows] == [row["id"] for row in HOLDOUT]
+    assert (subject.own_prompts, subject.left_out) == ({"Be kind."}, 0)
+
+
+def test_rows_that_either_release_learned_from_are_left_out(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    by_prompt = {**HOLDOUT[1], "id": "another", "prompt": [{"role": "user", "content": "HELD 1?"}]}
+    openai = {"messages": [*HOLDOUT[2]["prompt"], {"role": "assistant", "content": "Other."}]}
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        dataset = add_dataset(session, tmp_path, holdout=HOLDOUT)
+        releases = []
+        for seed, rows in enumerate(([HOLDOUT[0], by_prompt], [openai])):
+            file = add_file(session, tmp_path, rows)
+            job = create_job(session, JobKind.TUNE, spec={"files": [file.id]})
+            releases.append(
+                make_candidate(session, seed=seed, job_id=job.id, dataset_id=dataset.id)
+            )
+        evaluation, _ = evaluations.create_evaluation(session, releases[1], releases[0])
+        subject = evaluations.load_subject(session, evaluation.id, data=tmp_path)
+    assert [row["id"] for row in subject.rows] == ["ex_h3"]
+    assert subject.left_out == 3
+
+
+def test_a_release_without_a_data_set_is_compared_on_the_newest_one(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        release = make_candidate(session)
+        evaluation, _ = evaluations.create_evaluation(session, release)
+        assert evaluation.dataset_id is None
+        assert evaluations.load_subject(session, evaluation.id, data=tmp_path).rows == []
+        made = [add_dataset(session, tmp_path, holdout=HOLDOUT).id for _ in range(2)]
+        add_dataset(session, tmp_path, status=DatasetStatus.RUNNING)
+        evaluation, _ = evaluations.create_evaluation(session, release)
+        assert evaluation.dataset_id == max(made)  # ids sort by time
+
+
+def test_what_cannot_be_compared_is_refused(sqlite_database: Database, tmp_path: Path) -> None:
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        make_deployment(session, "second")
+        release = make_candidate(session)
+        with pytest.raises(BadRequest, match="compared with itself"):
+            evaluations.create_evaluation(session, release, release)
+        with pytest.raises(BadRequest, match="another deployment"):
+            evaluations.create_evaluation(session, release, get_release(session, "second@0"))
+        evaluation, _ = evaluations.create_evaluation(session, release)
+        discard(session, release.name, reason="typo")
+        with pytest.raises(Conflict, match=r"is discarded \(typo\)"):
+            evaluations.create_evaluation(session, release)
+        with pytest.raises(Conflict, match="is discarded"):
+            evaluations.load_subject(session, evaluation.id, data=tmp_path)
+        with pytest.raises(NotFound, match="eval_none"):
+            evaluations.load_subject(session, "eval_none", data=tmp_path)
+
+
+def test_a_verdict_is_stored_with_its_figures(database: Database) -> None:
+    with database.write() as session:
+        make_deployment(session)
+        evaluation, _ = evaluations.create_evaluation(session, make_candidate(session))
+        evaluation.error = "an earlier attempt"
+        check = Check("holdout_nll", Decision.FAIL, "Worse.", 2.0, 1.0, 0.05)
+        verdict = Verdict(Decision.FAIL, ("Worse.",), (check,))
+        evaluations.record_verdict(session, evaluation.id, verdict, {"holdout_rows": 4})
+    with database.read() as session:
+        found = evaluations.get_evaluation(session, evaluation.id)
+        assert (found.decision, found.reasons, found.error) == ("fail", ["Worse."], None)
+        assert found.checks == [check.to_json()]
+        assert found.metrics == {"holdout_rows": 4}
+        assert found.finished_at is not None
+
+
+def test_evaluations_are_listed_newest_first_in_pages(sqlite_database: Database) -> None:
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        release = make_candidate(session)
+        made = sorted(evaluations.create_evaluation(session, release)[0].id for _ in range(3))
+        page, more = evaluations.list_evaluations(session, release=release.name, limit=2)
+        assert ([row.id for row in page], more) == (made[:0:-1], True)
+        rest, more = evaluations.list_evaluations(session, after=page[-1].id)
+        assert ([row.id for row in rest], more) == (made[:1], False)
+        assert evaluations.list_evaluations(session, deployments=["second"]) == ([], False)

@@ -1,0 +1,227 @@
+"""Tuning jobs as they are asked for: what is trained on, and every refusal in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feedback.db import Database
+from feedback.errors import AppError
+from feedback.tables import DatasetStatus, File
+from tests.tuner.records import (
+    add_dataset,
+    add_file,
+    make_candidate,
+    make_deployment,
+    preference,
+    supervised,
+)
+from tuner import jobs, tuning
+from tuner.releases import get_deployment, move_production
+from tuner.tables import JobKind
+from tuner.tuning import HYPERPARAMETERS, check_hyperparameters, create_tuning_job
+
+ROWS = [
+    supervised("ex_1", "One?", "First."),
+    supervised("ex_2", "Two?", "Second."),
+    preference("ex_3", "Three?", "Yes.", "No."),
+]
+
+
+def kinds_of(session: Any, files: list[str]) -> list[str | None]:
+    return [session.get_one(File, file).kind for file in files]
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [("supervised", ["supervised"]), ("dpo", ["preference", "supervised"])],
+)
+def test_a_job_on_a_data_set_trains_on_all_that_its_method_learns_from(
+    database: Database, tmp_path: Path, method: str, kinds: list[str]
+) -> None:
+    with database.write() as session:
+        deployment = make_deployment(session)
+        dataset = add_dataset(session, tmp_path, train=ROWS, holdout=ROWS[:1])
+        job = create_tuning_job(
+            session,
+            deployment,
+            method=method,
+            training_file=dataset.id,
+            hyperparameters={"n_epochs": 2, "beta": "auto", "r": None},
+            seed=7,
+            created_by="ann",
+        )
+        assert (job.kind, job.method, job.deployment) == (JobKind.TUNE, method, "assistant")
+        files = job.spec.pop("files")
+        assert job.spec == {
+            "training_file": dataset.id,
+            "dataset_id": dataset.id,
+            "hyperparameters": {"n_epochs": 2},
+            "seed": 7,
+            "sources_left_out": [],
+        }
+        assert kinds_of(session, files) == kinds
+
+
+def test_a_job_on_an_upload_names_what_production_learned_from(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        dataset = add_dataset(session, tmp_path, train=ROWS)
+        make_candidate(session, dataset_id=dataset.id)
+        deployment = move_production(session, "assistant", 1, expected_generation=0)
+        upload = add_file(session, tmp_path, ROWS, kind=None, side=None, dialect="openai")
+        ask = {"method": "supervised", "hyperparameters": {}}
+        job = create_tuning_job(session, deployment, training_file=upload.id, **ask)
+        assert job.spec["files"] == [upload.id]
+        assert (job.spec["dataset_id"], job.spec["sources_left_out"]) == (None, [dataset.id])
+        job = create_tuning_job(session, deployment, training_file=dataset.id, **ask)
+        assert job.spec["sources_left_out"] == []
+
+
+def test_an_upload_that_production_learned_from_is_named_where_it_is_left_out(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    with sqlite_database.write() as session:
+        deployment = make_deployment(session)
+        dataset = add_dataset(session, tmp_path, train=ROWS)
+        learned, other = (add_file(session, tmp_path, ROWS, side=None) for _ in range(2))
+        ask = {"method": "supervised", "hyperparameters": {}}
+        job = create_tuning_job(session, deployment, training_file=learned.id, **ask)
+        make_candidate(session, job_id=job.id)
+        deployment = move_production(session, "assistant", 1, expected_generation=0)
+        left_out = {
+            file: create_tuning_job(session, deployment, training_file=file, **ask).spec[
+                "sources_left_out"
+            ]
+            for file in (learned.id, other.id, dataset.id)
+        }
+        assert left_out == {learned.id: [], other.id: [learned.id], dataset.id: [learned.id]}
+
+
+def test_a_file_is_in_use_until_its_last_job_has_ended(database: Database, tmp_path: Path) -> None:
+    with database.write() as session:
+        deployment = make_deployment(session)
+        file = add_file(session, tmp_path, ROWS, side=None)
+        assert tuning.find_job_on(session, file.id) is None
+        job = create_tuning_job(session, deployment, method="supervised", training_file=file.id)
+        assert tuning.find_job_on(session, file.id) == job.id
+        jobs.request_pause(session, job.id)
+        assert tuning.find_job_on(session, file.id) == job.id
+        jobs.request_cancel(session, job.id)
+        assert tuning.find_job_on(session, file.id) is None
+
+
+REFUSALS: list[tuple[str, dict[str, Any], str | None, str]] = [
+    ("method", {"method": "kto"}, None, "Found method 'kto', expected 'supervised' or 'dpo'."),
+    ("no data set", {"training_file": "ds_none"}, "not_found", "No data set 'ds_none'."),
+    ("no file", {"training_file": "file-none"}, "not_found", "No file 'file-none'."),
+    ("unfinished", {"training_file": "unfinished"}, "dataset_not_ready", "is running, expected"),
+    ("another's set", {"training_file": "second"}, None, "made from the answers of 'second'"),
+    ("another's file", {"training_file": "second file"}, None, "from the answers of 'second'"),
+    (
+        "no pairs",
+        {"training_file": "only corrections", "method": "dpo"},
+        "nothing_to_learn",
+        "has 0 preference examples to train on, method 'dpo' needs at least 1; add comparisons, "
+        "or corrections that change much of an answer or use method 'supervised'.",
+    ),
+    (
+        "no corrections",
+        {"training_file": "only pairs"},
+        "nothing_to_learn",
+        "has 0 supervised examples to train on, method 'supervised' needs at least 1; add "
+        "corrections (kind 'correction') or use method 'dpo'.",
+    ),
+    ("holdout", {"training_file": "holdout"}, None, "is the holdout of ds_"),
+    ("empty", {"training_file": "empty"}, "nothing_to_learn", "has 0 examples; add corrections"),
+    (
+        "kind",
+        {"training_file": "pairs file"},
+        None,
+        "has preference examples, method 'supervised' needs supervised ones; use method 'dpo'.",
+    ),
+    (
+        "unknown hyperparameter",
+        {"hyperparameters": {"lr": 1}},
+        None,
+        "Unknown hyperparameter 'lr'; expected one of n_epochs, batch_size",
+    ),
+    (
+        "both rates",
+        {"hyperparameters": {"learning_rate": 1e-4, "learning_rate_multiplier": 2}},
+        None,
+        "both learning_rate and learning_rate_multiplier",
+    ),
+    (
+        "rank",
+        {"hyperparameters": {"r": 32}, "max_rank": 16},
+        None,
+        "Hyperparameter 'r' is 32, but the engines serve ranks up to 16",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "said"), [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS]
+)
+def test_a_refusal_says_what_to_do(
+    sqlite_database: Database, tmp_path: Path, changed: dict[str, Any], code: str | None, said: str
+) -> None:
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        make_deployment(session, "second")
+        good = add_dataset(session, tmp_path, train=ROWS, holdout=ROWS[:1])
+        second = add_dataset(session, tmp_path, train=ROWS, deployment="second")
+
+        def part(dataset_id: str, kind: str, side: str = "train") -> str:
+            found = session.query(File).filter_by(dataset_id=dataset_id, kind=kind, side=side)
+            return found.one().id
+
+        unfinished = add_dataset(session, tmp_path, train=ROWS, status=DatasetStatus.RUNNING)
+        known = {
+            "good": good.id,
+            "second": second.id,
+            "second file": part(second.id, "supervised"),
+            "unfinished": unfinished.id,
+            "only corrections": add_dataset(session, tmp_path, train=ROWS[:2]).id,
+            "only pairs": add_dataset(session, tmp_path, train=ROWS[2:]).id,
+            "holdout": part(good.id, "supervised", "holdout"),
+            "pairs file": part(good.id, "preference"),
+            "empty": add_file(session, tmp_path, [], kind=None).id,
+        }
+        asked = {"method": "supervised", "training_file": "good", **changed}
+        asked["training_file"] = known.get(asked["training_file"], asked["training_file"])
+        with pytest.raises(AppError) as refused:
+            create_tuning_job(session, get_deployment(session, "assistant"), **asked)
+        assert refused.value.code == code
+        assert said in refused.value.message
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_a_hyperparameter_keeps_its_bounds_and_its_type(name: str) -> None:
+    known = HYPERPARAMETERS[name]
+    for value in (known.minimum, known.maximum):
+        assert check_hyperparameters({name: known.type(value)}) == {name: value}
+    wrong = [known.minimum / 2 - 1, known.maximum * 2, "3", True, float("nan"), [1], 10**400]
+    for value in [*wrong, *([1.5] if known.type is int else [])]:
+        with pytest.raises(AppError, match=f"'{name}'.*expected 'auto' or a") as refused:
+            check_hyperparameters({name: value})
+        assert refused.value.param == f"hyperparameters.{name}"
+        assert len(refused.value.message) < 300
+
+
+def test_a_freeze_job_is_named_by_its_data_set(sqlite_database: Database, tmp_path: Path) -> None:
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        dataset = add_dataset(session, tmp_path, status=DatasetStatus.QUEUED)
+        job = tuning.create_freeze_job(session, dataset, created_by="ann")
+        assert (job.kind, job.spec, job.deployment) == (
+            JobKind.FREEZE,
+            {"dataset_id": dataset.id},
+            "assistant",
+        )
+        assert dataset.job_id == job.id

@@ -1,0 +1,284 @@
+"""Tuning jobs as they are asked for: which examples, which method, which hyperparameters.
+
+Owns: the making of `freeze` and `tune` jobs and every reason to refuse one before it is queued.
+Does not own what the worker does with them (`worker.py`) or the trainer's full configuration
+(`training/config.py`).
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from feedback.errors import BadRequest, Conflict, NotFound
+from feedback.tables import Dataset, DatasetStatus, File
+from tuner.jobs import ENDED, create_job
+from tuner.releases import production_of
+from tuner.tables import Deployment, Job, JobKind, Method
+
+AUTO = "auto"
+"""OpenAI's word for a hyperparameter left to the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameter:
+    """What a job may set: the trainer's setting behind it, type and range, and what it means."""
+
+    setting: str
+    type: type[int] | type[float]
+    minimum: float
+    maximum: float
+    meaning: str
+
+
+HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
+    "n_epochs": Hyperparameter("epochs", int, 1, 50, "passes over the examples"),
+    "batch_size": Hyperparameter("batch_size", int, 1, 256, "examples per step"),
+    "learning_rate": Hyperparameter("learning_rate", float, 1e-8, 1.0, "peak learning rate"),
+    "learning_rate_multiplier": Hyperparameter(
+        "learning_rate", float, 1e-3, 1e3, "scales the method's default learning rate"
+    ),
+    "beta": Hyperparameter("beta", float, 1e-3, 10.0, "how far DPO may move from the base"),
+    "sft_weight": Hyperparameter("sft_weight", float, 1e-6, 10.0, "of the likelihood term in DPO"),
+    "r": Hyperparameter("r", int, 1, 512, "rank of the adapter"),
+    # Whole, as in peft and vLLM.
+    "lora_alpha": Hyperparameter("lora_alpha", int, 1, 4096, "scale of the adapter"),
+    "max_length": Hyperparameter("max_length", int, 16, 131_072, "longest example, tokens"),
+}
+
+_NEEDS: Mapping[str, str] = {Method.SUPERVISED: "supervised", Method.DPO: "preference"}
+_ADD: Mapping[str, str] = {
+    Method.SUPERVISED: "add corrections (kind 'correction')",
+    Method.DPO: "add comparisons, or corrections that change much of an answer",
+}
+
+
+def check_method(method: str) -> None:
+    """Raise `BadRequest` unless jobs can train by `method`."""
+    if method not in _NEEDS:
+        known = " or ".join(repr(str(name)) for name in _NEEDS)
+        raise BadRequest(f"Found method {method!r}, expected {known}.", param="method")
+
+
+def check_dataset_serves(dataset: Dataset, method: str) -> None:
+    """Raise `BadRequest` with what to add when `method` can learn nothing from the data set."""
+    check_method(method)
+    kind = _NEEDS[method]
+    if dataset.counts.get(kind, 0) > 0:
+        return
+    others = [
+        str(other)
+        for other, needed in _NEEDS.items()
+        if other != method and dataset.counts.get(needed, 0) > 0
+    ]
+    instead = f" or use method {others[0]!r}" if others else ""
+    raise BadRequest(
+        f"{dataset.id} has 0 {kind} examples to train on, method {str(method)!r} needs at least 1; "
+        f"{_ADD[method]}{instead}.",
+        param="training_file",
+        code="nothing_to_learn",
+    )
+
+
+def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, int | float]:
+    """The hyperparameters that were set, `auto` left out.
+
+    Raises `BadRequest` naming what is wrong.
+    """
+    checked: dict[str, int | float] = {}
+    for name, value in given.items():
+        if name not in HYPERPARAMETERS:
+            raise BadRequest(
+                f"Unknown hyperparameter {name!r}; expected one of {', '.join(HYPERPARAMETERS)}.",
+                param=f"hyperparameters.{name}",
+            )
+        if value is None or value == AUTO:
+            continue
+        known = HYPERPARAMETERS[name]
+        fits = isinstance(value, int) or (known.type is float and isinstance(value, float))
+        if isinstance(value, bool) or not fits or not known.minimum <= value <= known.maximum:
+            raise BadRequest(
+                f"Hyperparameter {name!r} ({known.meaning}) is {reprlib.repr(value)}; expected "
+                "'auto' or "
+                f"{'a whole number' if known.type is int else 'a number'} from {known.minimum:g} "
+                f"to {known.maximum:g}.",
+                param=f"hyperparameters.{name}",
+            )
+        checked[name] = value
+    if "learning_rate" in checked and "learning_rate_multiplier" in checked:
+        raise BadRequest(
+            "Found both learning_rate and learning_rate_multiplier; give one of them.",
+            param="hyperparameters.learning_rate",
+        )
+    return checked
+
+
+def create_tuning_job(
+    session: Session,
+    deployment: Deployment,
+    *,
+    method: str,
+    training_file: str,
+    hyperparameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    max_rank: int | None = None,
+    person_id: str | None = None,
+    created_by: str | None = None,
+) -> Job:
+    """Queue a tuning job for a deployment.
+
+    `training_file` is a data set (`ds_…`: everything in it that the method learns from) or one file
+    (`file-…`: that file alone; the caller has checked that it may be used). `max_rank` is the
+    largest that the engines serve. Raises `BadRequest`, `NotFound`, `Conflict` when the data set
+    isn't ready.
+    """
+    check_method(method)
+    checked = check_hyperparameters(hyperparameters or {})
+    if max_rank is not None and checked.get("r", 0) > max_rank:
+        raise BadRequest(
+            f"Hyperparameter 'r' is {checked['r']}, but the engines serve ranks up to {max_rank}; "
+            "use a smaller one or raise engine.max_lora_rank.",
+            param="hyperparameters.r",
+        )
+    if training_file.startswith("ds_"):
+        dataset_id: str | None = training_file
+        files = _dataset_files(session, deployment, training_file, method)
+    else:
+        file = _get_file(session, deployment, training_file, method)
+        files, dataset_id = [file], file.dataset_id
+    return create_job(
+        session,
+        JobKind.TUNE,
+        spec={
+            "training_file": training_file,
+            "dataset_id": dataset_id,
+            "files": [file.id for file in files],
+            "hyperparameters": checked,
+            "seed": seed,
+            "sources_left_out": list_sources_left_out(
+                session, deployment, dataset_id, training_file=training_file
+            ),
+        },
+        method=str(method),
+        deployment=deployment.name,
+        person_id=person_id,
+        created_by=created_by,
+    )
+
+
+def list_sources_left_out(
+    session: Session, deployment: Deployment, dataset_id: str | None, *, training_file: str
+) -> list[str]:
+    """What production learned from and a candidate of `training_file`, which is of `dataset_id`
+    (None: an upload), doesn't.
+
+    A newer data set of the same deployment holds what an older one held, so an upload leaves a data
+    set out, and everything else leaves out an upload that production learned from.
+    """
+    production = production_of(session, deployment)
+    if production.dataset_id is not None:
+        return [production.dataset_id] if dataset_id is None else []
+    job = session.get(Job, production.job_id) if production.job_id is not None else None
+    learned = job.spec.get("training_file") if job is not None else None
+    return [learned] if learned not in (None, training_file) else []
+
+
+def find_job_on(session: Session, file_id: str) -> str | None:
+    """A tuning job that still needs the file, or None."""
+    unfinished = select(Job).where(Job.kind == JobKind.TUNE, Job.status.not_in(ENDED))
+    for job in session.scalars(unfinished):
+        if file_id in job.spec.get("files", []):
+            return job.id
+    return None
+
+
+def create_freeze_job(
+    session: Session,
+    dataset: Dataset,
+    *,
+    person_id: str | None = None,
+    created_by: str | None = None,
+) -> Job:
+    """Queue the writing of a data set whose row exists."""
+    job = create_job(
+        session,
+        JobKind.FREEZE,
+        spec={"dataset_id": dataset.id},
+        deployment=dataset.deployment,
+        person_id=person_id,
+        created_by=created_by,
+    )
+    dataset.job_id = job.id
+    session.flush()
+    return job
+
+
+def _get_dataset(session: Session, deployment: Deployment, dataset_id: str) -> Dataset:
+    dataset = session.get(Dataset, dataset_id)
+    if dataset is None:
+        raise NotFound(f"No data set {dataset_id!r}.", param="training_file")
+    if dataset.deployment != deployment.name:
+        raise BadRequest(
+            f"{dataset_id} was made from the answers of {dataset.deployment!r}, not of "
+            f"{deployment.name!r}.",
+            param="training_file",
+        )
+    if dataset.status != DatasetStatus.READY:
+        raise Conflict(
+            f"{dataset_id} is {dataset.status}, expected ready; wait for it or make another.",
+            param="training_file",
+            code="dataset_not_ready",
+        )
+    return dataset
+
+
+def _dataset_files(
+    session: Session, deployment: Deployment, dataset_id: str, method: str
+) -> Sequence[File]:
+    check_dataset_serves(_get_dataset(session, deployment, dataset_id), method)
+    # DPO trains on corrections too where the set has them: a likelihood term beside the pairs.
+    kinds = ["supervised"] if method == Method.SUPERVISED else ["preference", "supervised"]
+    files = session.scalars(
+        select(File).where(
+            File.dataset_id == dataset_id,
+            File.side == "train",
+            File.dialect == "trl",
+            File.kind.in_(kinds),
+            File.rows > 0,
+        )
+    )
+    return sorted(files, key=lambda file: kinds.index(str(file.kind)))
+
+
+def _get_file(session: Session, deployment: Deployment, file_id: str, method: str) -> File:
+    # Held until the job stands, so that nobody deletes an upload in between.
+    file = session.get(File, file_id, with_for_update={"read": True})
+    if file is None:
+        raise NotFound(f"No file {file_id!r}.", param="training_file")
+    if file.dataset_id is not None:
+        _get_dataset(session, deployment, file.dataset_id)
+    if file.side == "holdout":
+        raise BadRequest(
+            f"{file_id} is the holdout of {file.dataset_id}; it is never trained on.",
+            param="training_file",
+        )
+    if file.rows == 0:
+        raise BadRequest(
+            f"{file_id} has 0 examples; {_ADD[method]}.",
+            param="training_file",
+            code="nothing_to_learn",
+        )
+    if file.kind is not None and file.kind != _NEEDS[method]:
+        fitting = [str(name) for name, kind in _NEEDS.items() if kind == file.kind]
+        instead = f"; use method {fitting[0]!r}" if fitting else ""
+        raise BadRequest(
+            f"{file_id} has {file.kind} examples, method {str(method)!r} needs {_NEEDS[method]} "
+            f"ones{instead}.",
+            param="training_file",
+        )
+    return file
