@@ -1,0 +1,3 @@
+"""The gateway, the supervisor and the command line."""
+
+__version__ = "0.1.0"

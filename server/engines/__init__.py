@@ -1,0 +1,1 @@
+"""Inference engines: the seam, vLLM, its process, the shipped fake, the fleet."""

@@ -1,0 +1,32 @@
+"""A server with vLLM's surface and none of its weight: for tests, faults and benchmarks.
+
+Its output is signed: an answer contains, and every figure depends on, a hash of the adapter files
+that produced it. So a test can prove which weights answered. It mimics vLLM 0.32 in its bytes,
+errors, slots and evictions; the contract suite runs on both. It does not sample, and knows nothing
+of tools, `logprobs` or `response_format`.
+
+In a test's own process: `with FakeEngine() as engine: …`; as a process that can be killed:
+`python -m server.engines.fake --port 8001`, steered by `POST /fake/faults` and read by
+`GET /fake/state`.
+"""
+
+from server.engines.fake.engine import FakeEngine, RecordedRequest
+from server.engines.fake.faults import Faults
+from server.engines.fake.weights import (
+    BASE,
+    fake_answer,
+    fake_logprobs,
+    fake_signature,
+    fake_tokens,
+)
+
+__all__ = [
+    "BASE",
+    "FakeEngine",
+    "Faults",
+    "RecordedRequest",
+    "fake_answer",
+    "fake_logprobs",
+    "fake_signature",
+    "fake_tokens",
+]

@@ -1,0 +1,149 @@
+"""What a generation request asks of the fake engine.
+
+Owns: reading a request body, vLLM's refusals of one, and the answer that follows from it and a
+signature. Does not own: which weights answer, and when.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.engines.fake import wire
+from server.engines.fake.weights import answer_pieces, fake_tokens
+
+COMPLETION_TOKENS = 16  #: what /v1/completions makes where `max_tokens` is not given
+
+#: Figures of a prompt under a signature: `(signature, ids) -> (len(ids) - 1)`, nats.
+Figures = Callable[[str, Sequence[int]], list[float]]
+
+
+class Refusal(Exception):
+    """An error reply."""
+
+    def __init__(self, status: int, message: str, kind: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reply = wire.error(status, message, kind, param)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A body of `/v1/chat/completions` or `/v1/completions`, checked."""
+
+    chat: bool
+    id: str
+    model: str
+    prompts: Sequence[Any]  #: each a list of messages, a text, or token ids
+    token_ids: Sequence[Sequence[int]]  #: the same, as tokens
+    choices: int  #: for each prompt
+    tokens: int  #: length of an answer
+    cut: bool  #: that length is the request's wish
+    stream: bool
+    usage: bool  #: a last event with the usage was asked for
+    wants_figures: bool
+
+    def answer(self, signature: str, figures: Figures) -> wire.Answer:
+        """What the weights of `signature` say."""
+        every = [(prompt, ids) for prompt, ids in zip(self.prompts, self.token_ids, strict=True)]
+        return wire.Answer(
+            chat=self.chat,
+            id=self.id,
+            model=self.model,
+            created=int(time.time()),
+            choices=[
+                answer_pieces(signature, prompt, index, self.tokens)
+                for prompt, _ in every
+                for index in range(self.choices)
+            ],
+            prompt_tokens=sum(map(len, self.token_ids)),
+            cut=self.cut,
+            prompt_logprobs=[
+                _prompt_logprobs(ids, figures(signature, ids))
+                for _, ids in every
+                for _ in range(self.choices)
+            ]
+            if self.wants_figures
+            else None,
+        )
+
+
+def read_request(
+    body: dict[str, Any],
+    *,
+    chat: bool,
+    request_id: str | None,
+    model: str,
+    answer_tokens: int,
+    max_model_len: int,
+) -> GenerationRequest:
+    """Check a body as vLLM does. Raises `Refusal`."""
+    prompts = [body.get("messages")] if chat else _prompts(body.get("prompt"))
+    if chat and not isinstance(prompts[0], list):
+        kind, field = "Bad Request", "body.messages"
+        raise Refusal(400, "1 validation error:\n  'body.messages': Field required", kind, field)
+    if chat and not prompts[0]:
+        message = (
+            "Cannot apply chat template to an empty conversation. Provide at least one message."
+        )
+        raise Refusal(400, message, "BadRequestError")
+    token_ids = [_token_ids(prompt) for prompt in prompts]
+    if not all(token_ids):
+        raise Refusal(400, "The decoder prompt cannot be empty", "BadRequestError")
+    longest = max(map(len, token_ids))
+    if longest > max_model_len:
+        message = (
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+            f"contains at least {longest} input tokens, which exceeds this limit even without any "
+            "output tokens. Please reduce the length of the input prompt. "
+            f"(parameter=input_tokens, value={longest})"
+        )
+        raise Refusal(400, message, "BadRequestError", "input_tokens")
+    choices = body.get("n") or 1
+    if choices > 1 and body.get("temperature") == 0:
+        message = f"n must be 1 when using greedy sampling, got {choices}."
+        raise Refusal(400, message, "BadRequestError")
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    if limit is None and not chat:
+        limit = COMPLETION_TOKENS
+    return GenerationRequest(
+        chat=chat,
+        id=("chatcmpl-" if chat else "cmpl-") + (request_id or uuid.uuid4().hex[:16]),
+        model=model,
+        prompts=prompts,
+        token_ids=token_ids,
+        choices=choices,
+        tokens=limit or answer_tokens,
+        cut=limit is not None,
+        stream=bool(body.get("stream")),
+        usage=bool((body.get("stream_options") or {}).get("include_usage")),
+        wants_figures=body.get("prompt_logprobs") is not None,
+    )
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """The prompts of `/v1/completions`: one text, one list of ids, or a list of either."""
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return prompt
+    return [prompt]
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        return fake_tokens(prompt)
+    return prompt if isinstance(prompt, list) else list(str(prompt or "").encode())
+
+
+def _prompt_logprobs(ids: Sequence[int], figures: Sequence[float]) -> list[dict[str, Any] | None]:
+    """vLLM's shape: nothing for the first token, then the token's own figure under its id."""
+    rest = zip(ids[1:], figures, strict=True)
+    return [
+        None,
+        *(
+            {str(token): {"logprob": figure, "rank": 1, "decoded_token": chr(token % 128)}}
+            for token, figure in rest
+        ),
+    ]

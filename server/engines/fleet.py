@@ -1,0 +1,558 @@
+"""The engines of one gateway: what is loaded where, proven there, and running there.
+
+Owns: the mirror of each engine's adapters in the engine's own order of use, slots, proofs, counts
+of running requests, the reconciler that restores an engine that forgot. Covered: an engine that
+restarts, a gateway that restarts beside a running engine, a load that answers 200 and does nothing.
+Does not own: the moves of releases (`server/deployments.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from feedback.errors import Conflict, NotReady
+from server.engines.base import Engine, EngineAddress, EngineError, EngineRefused
+from server.engines.proof import Outcome, Proof, judge
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 15.0
+"""Pause before a release that an engine could not restore is tried there again."""
+
+
+class EngineStatus(StrEnum):
+    LOADING = "loading"  #: not reached yet, or restoring its adapters
+    READY = "ready"  #: answers, with every release of a role proven
+    FAILED = "failed"  #: answered before and does not now, or cannot hold a release
+
+
+class Weights(Protocol):
+    """What the fleet needs to know of a release; `routing.ReleaseView` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def engine_name(self) -> str: ...
+    @property
+    def adapter_id(self) -> str | None: ...
+    @property
+    def adapter_hash(self) -> str | None: ...
+    @property
+    def acceptance(self) -> Mapping[str, Any] | None: ...
+
+
+class Unfit(Conflict):
+    """An engine showed that a release must not answer; `proof` has the figures."""
+
+    def __init__(self, message: str, *, code: str, proof: Proof | None = None) -> None:
+        super().__init__(message, code=code)
+        self.proof = proof
+
+
+@dataclass(slots=True)
+class Member:
+    """One engine and what the gateway knows of it."""
+
+    engine: Engine
+    status: EngineStatus = EngineStatus.LOADING
+    reason: str = "not reached yet"
+    boot_id: str | None = None
+    loaded: OrderedDict[str, Proof | None] = field(default_factory=OrderedDict)
+    """Adapters by engine name, least recently used first; the proof is None until there is one."""
+    running: dict[str, int] = field(default_factory=dict)
+    base_figures: dict[str, list[list[float]]] = field(default_factory=dict)
+    retry_at: dict[str, float] = field(
+        default_factory=dict
+    )  #: releases that failed to restore, by name
+    problems: dict[str, str] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def id(self) -> str:
+        return self.engine.address.id
+
+    def is_ready_for(self, engine_name: str, base_name: str) -> bool:
+        return self.status is EngineStatus.READY and (
+            engine_name == base_name or self.loaded.get(engine_name) is not None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The evaluation slot, held by a worker for one release."""
+
+    token: str
+    release: Weights
+    expires_at: float  #: of the fleet's monotonic clock
+
+
+class Fleet:
+    """All engines. One event loop owns it; nothing here blocks on the database.
+
+    `capacity` is how many adapters an engine may hold. `reference(adapter_id)` gives the trainer's
+    probe figures, `path(content_hash)` the adapter's verified directory as engines see it; both
+    raise OSError where there is none. `required()` are the releases in production, without which an
+    engine gets no traffic; `wanted()` those of all roles. `traits` is what the engines' noise
+    depends on: a person's acceptance of an unproven release holds where it names the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_name: str,
+        capacity: int,
+        addresses: Callable[[], Iterable[EngineAddress]],
+        connect: Callable[[EngineAddress], Engine],
+        reference: Callable[[str], Mapping[str, Any]],
+        path: Callable[[str], str],
+        required: Callable[[], Iterable[Weights]],
+        wanted: Callable[[], Iterable[Weights]],
+        traits: Mapping[str, Any] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base_name = base_name
+        self.capacity = capacity
+        self.members: dict[str, Member] = {}
+        self.integrity_errors = 0
+        self._addresses = addresses
+        self._connect = connect
+        self._reference = reference
+        self._path = path
+        self._required = required
+        self._wanted = wanted
+        self._monotonic = monotonic
+        self.traits = dict(traits or {})
+        self._leases: dict[str, Lease] = {}
+        self._moving: Counter[str] = Counter()
+        self._wake = asyncio.Event()
+
+    # Requests
+
+    def choose(self, engine_name: str) -> Member:
+        """The least busy engine that has `engine_name` proven. Raises NotReady."""
+        member = self._least_busy(engine_name, None)
+        if member is None:
+            raise NotReady(self.explain_not_ready(), code="engine_not_ready")
+        return member
+
+    def find_another(self, engine_name: str, than: Member) -> Member | None:
+        """An engine beside `than` that has `engine_name` proven."""
+        return self._least_busy(engine_name, than)
+
+    def _least_busy(self, engine_name: str, avoid: Member | None) -> Member | None:
+        ready = (
+            m
+            for m in self.members.values()
+            if m is not avoid and m.is_ready_for(engine_name, self.base_name)
+        )
+        return min(ready, key=lambda m: sum(m.running.values()), default=None)
+
+    @contextmanager
+    def run(self, member: Member, engine_name: str) -> Iterator[None]:
+        """Count one request on `member`; counted down exactly once, whatever ends the block."""
+        running = member.running
+        running[engine_name] = running.get(engine_name, 0) + 1
+        if engine_name in member.loaded:
+            member.loaded.move_to_end(engine_name)
+        try:
+            yield
+        finally:
+            running[engine_name] -= 1
+            if not running[engine_name]:
+                del running[engine_name]
+
+    def explain_not_ready(self) -> str:
+        """One sentence for `readyz` and for callers."""
+        if not self.members:
+            return "no engine is there yet; it is starting or none is configured"
+        states = "; ".join(f"{m.id} is {m.status}: {m.reason}" for m in self.members.values())
+        return f"no engine is ready ({states})"
+
+    def is_ready(self) -> bool:
+        return any(m.status is EngineStatus.READY for m in self.members.values())
+
+    def served_names(self) -> set[str]:
+        """Engine names that some engine holds."""
+        return {name for member in self.members.values() for name in member.loaded}
+
+    # Adapters
+
+    async def prepare(self, release: Weights, *, tolerate_noise: bool = False) -> dict[str, Proof]:
+        """Load `release` on every ready engine and prove it there; proofs by engine id.
+
+        `tolerate_noise` lets a release answer whose effect the engine's noise hides: for its
+        evaluation only. Raises NotReady where no engine is ready or none has a slot, Unfit where an
+        engine does not answer with these weights (it is unloaded there again). Until something
+        needs the release, the next move may unload it: see `keep`.
+        """
+        ready = [m for m in self.members.values() if m.status is EngineStatus.READY]
+        if not ready:
+            raise NotReady(self.explain_not_ready(), code="engine_not_ready")
+        proofs: dict[str, Proof] = {}
+        for member in ready:
+            try:
+                proof = await self._ensure(member, release, tolerate_noise=tolerate_noise)
+            except EngineError as error:
+                self._fail(member, str(error))
+                continue
+            if proof is not None:
+                proofs[member.id] = proof
+        if release.adapter_id is not None and not proofs:
+            raise NotReady(self.explain_not_ready(), code="engine_not_ready")
+        return proofs
+
+    @contextmanager
+    def keep(self, release: Weights) -> Iterator[None]:
+        """Nothing unloads `release` during the block: it is on its way to a role."""
+        self._moving[release.engine_name] += 1
+        try:
+            yield
+        finally:
+            self._moving[release.engine_name] -= 1
+
+    def serves(self, release: Weights, *, tolerate_noise: bool = False) -> bool:
+        """True when some engine may answer with `release` now."""
+        return any(
+            m.status is EngineStatus.READY and self._has(m, release, tolerate_noise)
+            for m in self.members.values()
+        )
+
+    async def trim(self) -> None:
+        """Unload what nothing needs: no role, no lease, no running request."""
+        for member in list(self.members.values()):
+            async with member.lock:
+                for name in self._evictable(member):
+                    await self._unload(member, name)
+
+    async def _ensure(
+        self, member: Member, release: Weights, *, tolerate_noise: bool = False
+    ) -> Proof | None:
+        """Load and prove `release` on one engine, unless it is there. None for the base itself."""
+        if release.adapter_id is None or release.adapter_hash is None:
+            return None
+        async with member.lock:
+            if release.engine_name not in member.loaded:
+                await self._load(member, release)
+            proof = member.loaded[release.engine_name] or await self._prove(member, release)
+            if self._is_fit(release, proof, tolerate_noise):
+                return proof
+            # Under evaluation the engine keeps what others may not be answered with.
+            leased = {lease.release.engine_name for lease in self._leases.values()}
+            if proof.outcome is not Outcome.UNPROVEN or release.engine_name not in leased:
+                await self._unload(member, release.engine_name)
+            raise Unfit(f"{release.name}: {proof.message()}", code=proof.outcome.value, proof=proof)
+
+    def _is_fit(self, release: Weights, proof: Proof, tolerate_noise: bool) -> bool:
+        if proof.outcome is Outcome.UNPROVEN:
+            return tolerate_noise or self._is_accepted(release)
+        return proof.outcome is Outcome.PROVEN
+
+    def _is_accepted(self, release: Weights) -> bool:
+        accepted = release.acceptance
+        return accepted is not None and all(accepted.get(k) == v for k, v in self.traits.items())
+
+    async def _load(self, member: Member, release: Weights) -> None:
+        name = release.engine_name
+        while len(member.loaded) >= self.capacity:
+            evictable = self._evictable(member)
+            if not evictable:
+                raise NotReady(
+                    f"engine {member.id} holds {len(member.loaded)} adapters and all are needed; "
+                    f"release {release.name!r} finds no slot (engine.max_loras is {self.capacity})",
+                    code="no_adapter_slot",
+                )
+            await self._unload(member, evictable[0])
+        # The engine itself evicts what it used least recently, names that were unloaded included.
+        # What must stay is therefore used once more before anything new comes in.
+        assert release.adapter_hash is not None
+        path = await _read(self._path, release.adapter_hash, release)
+        protected = self._protected()
+        for kept in [kept for kept in member.loaded if kept in protected]:
+            await member.engine.touch(kept)
+            if kept in member.loaded:
+                member.loaded.move_to_end(kept)
+        try:
+            await member.engine.load(name, path)
+        except EngineRefused as error:
+            if (await member.engine.list_models()).get(name) != path:
+                raise Unfit(
+                    f"engine {member.id} refused the adapter of {release.name!r}: {error.message}",
+                    code="load_refused",
+                ) from None
+            # Another gateway has loaded it there; what it is, the proof tells.
+        member.loaded[name] = None
+        logger.info(
+            "Adapter loaded",
+            extra={"action": "adapter_loaded", "engine": member.id, "release": release.name},
+        )
+
+    async def _prove(self, member: Member, release: Weights) -> Proof:
+        assert release.adapter_id is not None
+        reference = await _read(self._reference, release.adapter_id, release)
+        prompts = reference["prompts"]
+        base = member.base_figures.get(release.adapter_id)
+        try:
+            if base is None:
+                base = await member.engine.prompt_logprobs(self.base_name, prompts)
+                member.base_figures[release.adapter_id] = base
+            figures = await member.engine.prompt_logprobs(release.engine_name, prompts)
+        except EngineRefused as error:
+            await self._unload(member, release.engine_name)
+            raise Unfit(
+                f"engine {member.id} did not answer the probe of {release.name!r}: {error.message}",
+                code="probe_refused",
+            ) from None
+        proof = judge(reference, base, figures)
+        member.loaded[release.engine_name] = proof
+        member.loaded.move_to_end(release.engine_name)
+        logger.info(
+            "Adapter probed",
+            extra={
+                "action": "adapter_probed",
+                "engine": member.id,
+                "release": release.name,
+                **proof.as_details(),
+            },
+        )
+        return proof
+
+    async def _unload(self, member: Member, name: str) -> None:
+        try:
+            await member.engine.unload(name)
+        except EngineRefused as error:
+            if error.status != 404:  # an unknown name is what was wanted
+                raise
+        member.loaded.pop(name, None)
+        logger.info(
+            "Adapter unloaded",
+            extra={"action": "adapter_unloaded", "engine": member.id, "adapter": name},
+        )
+
+    def _protected(self) -> set[str]:
+        self._drop_expired_leases()
+        names = {release.engine_name for release in self._wanted()}
+        names |= {name for name, count in self._moving.items() if count}
+        return names | {lease.release.engine_name for lease in self._leases.values()}
+
+    def _evictable(self, member: Member) -> list[str]:
+        """Adapters that may go, least recently used first."""
+        protected = self._protected()
+        return [
+            name for name in member.loaded if name not in protected and not member.running.get(name)
+        ]
+
+    # The evaluation slot
+
+    async def hold_evaluation_slot(self, release: Weights, token: str, seconds: float) -> Lease:
+        """Load and prove `release`, and keep it for `seconds` unless the lease is renewed.
+
+        Raises Conflict when another release is under evaluation.
+        """
+        self._drop_expired_leases()
+        other = next(
+            (x for x in self._leases.values() if x.release.engine_name != release.engine_name), None
+        )
+        if other is not None:
+            raise NotReady(
+                f"release {other.release.name!r} is under evaluation; "
+                "the slot is free again when that ends",
+                code="evaluation_slot_taken",
+            )
+        lease = Lease(token, release, self._monotonic() + seconds)
+        self._leases[token] = lease
+        try:
+            await self.prepare(release, tolerate_noise=True)
+        except BaseException:
+            self._leases.pop(token, None)
+            raise
+        return self.renew(token, seconds)
+
+    def renew(self, token: str, seconds: float) -> Lease:
+        """Keep the slot for another `seconds`. Raises Conflict when the lease is gone."""
+        lease = self._leases.get(token)
+        if lease is None:
+            raise Conflict(
+                "this lease of the evaluation slot has ended; ask for a new one", code="lease_ended"
+            )
+        self._leases[token] = Lease(token, lease.release, self._monotonic() + seconds)
+        return self._leases[token]
+
+    def give_back(self, token: str) -> None:
+        """End a lease; unknown ones have ended already."""
+        self._leases.pop(token, None)
+
+    def _drop_expired_leases(self) -> None:
+        present = self._monotonic()
+        for token in [
+            token for token, lease in self._leases.items() if lease.expires_at <= present
+        ]:
+            del self._leases[token]
+
+    # Following the engines
+
+    async def follow(self, interval_seconds: float) -> None:
+        """Reconcile for ever."""
+        while True:
+            try:
+                await self.reconcile()
+            except Exception:
+                logger.exception("Engines not reconciled", extra={"action": "reconcile_failed"})
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), interval_seconds)
+            self._wake.clear()
+
+    async def reconcile(self) -> None:
+        """Meet new engines, notice those that went or restarted, restore and prove what each must
+        hold.
+        """
+        addresses = {address.id: address for address in self._addresses()}
+        for gone in self.members.keys() - addresses.keys():
+            await self.members.pop(gone).engine.close()
+        for address in addresses.values():
+            member = self.members.get(address.id)
+            if member is None or member.engine.address != address:
+                if member is not None:
+                    await member.engine.close()
+                self.members[address.id] = Member(self._connect(address))
+        await asyncio.gather(*(self._follow_safely(m) for m in list(self.members.values())))
+
+    async def _follow_safely(self, member: Member) -> None:
+        """One engine's trouble is not the others'."""
+        try:
+            await self._follow_member(member)
+        except EngineError as error:
+            self._fail(member, str(error))
+        except Exception as error:
+            logger.exception(
+                "Engine not followed", extra={"action": "follow_failed", "engine": member.id}
+            )
+            self._fail(member, f"{type(error).__name__}: {error}")
+
+    async def _follow_member(self, member: Member) -> None:
+        if not await member.engine.is_healthy():
+            if member.status is EngineStatus.READY:
+                self._fail(member, "it does not answer its health check")
+            return
+        boot_id = await member.engine.boot_id()
+        if boot_id != member.boot_id:
+            await self._meet(member, boot_id)
+        if member.status is not EngineStatus.READY or not self._has_wanted(member):
+            await self._restore(member)
+
+    async def _meet(self, member: Member, boot_id: str) -> None:
+        """An engine process not seen before:
+
+        what it holds is known by name and proven by nothing.
+        """
+        names = await member.engine.list_models()
+        async with member.lock:
+            member.status, member.reason = EngineStatus.LOADING, "restoring its adapters"
+            member.boot_id = boot_id
+            member.base_figures.clear()
+            member.retry_at.clear()
+            member.problems.clear()
+            member.loaded = OrderedDict((name, None) for name in names if name != self.base_name)
+        if self.base_name not in names:
+            raise EngineRefused(
+                404,
+                f"it serves {', '.join(sorted(names)) or 'nothing'}, "
+                f"the base {self.base_name!r} was expected",
+            )
+        logger.info(
+            "Engine met",
+            extra={"action": "engine_met", "engine": member.id, "adapters": len(member.loaded)},
+        )
+
+    def _has_wanted(self, member: Member) -> bool:
+        return all(self._has(member, release) for release in self._wanted())
+
+    async def _restore(self, member: Member) -> None:
+        """Load and prove the releases of roles; one that fails is tried again after a while."""
+        boot_id = member.boot_id
+        required = {release.name: release for release in self._required()}
+        releases = {**required, **{release.name: release for release in self._wanted()}}
+        for release in releases.values():
+            if member.retry_at.get(release.name, 0.0) > self._monotonic():
+                continue
+            try:
+                await self._ensure(member, release)
+            except (Unfit, NotReady) as error:
+                member.retry_at[release.name] = self._monotonic() + RETRY_SECONDS
+                member.problems[release.name] = str(error)
+                logger.error(
+                    "Release not restored",
+                    extra={
+                        "action": "restore_failed",
+                        "engine": member.id,
+                        "release": release.name,
+                    },
+                )
+            else:
+                member.retry_at.pop(release.name, None)
+                member.problems.pop(release.name, None)
+        member.reason = "; ".join(
+            text for name, text in member.problems.items() if name in releases
+        )
+        if member.boot_id != boot_id:
+            return  # a request found it gone meanwhile; it has to be met again
+        missing = [r for r in required.values() if not self._has(member, r)]
+        if missing:
+            member.status = EngineStatus.FAILED
+        elif member.status is not EngineStatus.READY:
+            member.status = EngineStatus.READY
+            logger.info("Engine ready", extra={"action": "engine_ready", "engine": member.id})
+
+    def _has(self, member: Member, release: Weights, tolerate_noise: bool = False) -> bool:
+        if release.adapter_id is None:
+            return True
+        proof = member.loaded.get(release.engine_name)
+        return proof is not None and self._is_fit(release, proof, tolerate_noise)
+
+    def _fail(self, member: Member, reason: str) -> None:
+        if member.status is not EngineStatus.FAILED:
+            logger.warning(
+                "Engine failed",
+                extra={"action": "engine_failed", "engine": member.id, "reason": reason},
+            )
+        member.status, member.reason, member.boot_id = EngineStatus.FAILED, reason, None
+
+    def suspect(self, member: Member, reason: str) -> None:
+        """A request found the engine gone:
+
+        no more traffic until the reconciler has met it again, which it tries at once.
+        """
+        self._fail(member, reason)
+        self._wake.set()
+
+    async def close(self) -> None:
+        for member in self.members.values():
+            await member.engine.close()
+
+
+async def _read(source: Callable[[str], T], key: str, release: Weights) -> T:
+    """Something about `release` from disk or database; Unfit where it is not there."""
+    try:
+        return await asyncio.to_thread(source, key)
+    except OSError as error:
+        raise Unfit(f"{release.name}: {error}", code="adapter_missing") from None
+
+
+def managed_address(run_dir: Path) -> list[EngineAddress]:
+    """The supervisor's engine as `run/engine.json` says; empty while there is none."""
+    try:
+        found = json.loads((run_dir / "engine.json").read_text(encoding="utf-8"))
+        return [EngineAddress(id="engine-0", url=found["url"], api_key=found["api_key"])]
+    except (OSError, ValueError, KeyError):
+        return []

@@ -1,0 +1,262 @@
+"""Speaks to one vLLM server over HTTP.
+
+Owns: the wire. Which of vLLM's paths answers which question, how its errors and a broken connection
+become `EngineRefused` and `EngineUnreachable`, and that a reply left early closes its connection,
+which is what makes vLLM stop generating. Does not own: retries, which engine to ask, or what an
+answer means.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from server.engines.base import EngineAddress, EngineRefused, EngineReply, EngineUnreachable
+
+CONNECT_SECONDS = 5.0
+HEALTH_SECONDS = 5.0
+#: Longest silence on a load, a probe or a touch: they queue behind running generations, which are
+#: slow on a CPU.
+CALL_SECONDS = 300.0
+#: Below the 5 s after which vLLM closes an idle connection, so that no request is sent into a
+#: closing one.
+KEEP_ALIVE_SECONDS = 3.0
+
+_BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
+_START_TIME = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
+
+
+class VllmEngine:
+    """`Engine` over HTTP.
+
+    Takes a `session` to share connections, else opens its own on first use.
+    """
+
+    def __init__(
+        self, address: EngineAddress, session: aiohttp.ClientSession | None = None
+    ) -> None:
+        self.address = address
+        self._session = session
+        self._owns_session = session is None
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if address.api_key is not None:
+            self._headers["Authorization"] = f"Bearer {address.api_key}"
+
+    async def is_healthy(self) -> bool:
+        """True when `/health` answers 200 within `HEALTH_SECONDS`; never raises."""
+        try:
+            async with self._open().get(
+                self._url("/health"), timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+            ) as response:
+                return response.status == 200
+        except _BROKEN:
+            return False
+
+    async def boot_id(self) -> str:
+        """The start time of the server's process, which vLLM exports to 10 ms."""
+        status, text = await self._call("GET", "/metrics")
+        found = _START_TIME.search(text)
+        if found is None:
+            raise EngineRefused(
+                status, "/metrics has no process_start_time_seconds; Burnish needs one API process"
+            )
+        return found[1]
+
+    async def list_models(self) -> dict[str, str]:
+        """Served names, base and adapters, each with the path it was loaded from."""
+        models = await self._call_json("GET", "/v1/models")
+        with _expected_shape("/v1/models"):
+            return {model["id"]: model["root"] for model in models["data"]}
+
+    async def load(self, name: str, path: str) -> None:
+        """Load the adapter at `path` under `name`.
+
+        A name that is loaded is `EngineRefused` 400, a missing file 404.
+        """
+        await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    async def unload(self, name: str) -> None:
+        """Forget `name`; an unknown one is `EngineRefused` 404."""
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def touch(self, name: str) -> None:
+        """Generate one token on `name`."""
+        await self._complete(name, [[1]], {})
+
+    async def tokenize(
+        self, model: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    ) -> list[int]:
+        """Token ids of `messages` under the served chat template, in its non-thinking form."""
+        body = {
+            "model": model,
+            "messages": messages,
+            "chat_template_kwargs": {"enable_thinking": False},
+            "add_generation_prompt": add_generation_prompt,
+        }
+        answer = await self._call_json("POST", "/tokenize", body)
+        with _expected_shape("/tokenize"):
+            return [int(token) for token in answer["tokens"]]
+
+    async def prompt_logprobs(
+        self, model: str, prompts: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Log-probability of each prompt's token 1…n-1 given those before it.
+
+        In nats; `(len(prompt) - 1)` each.
+        """
+        if not prompts:
+            return []
+        choices = await self._complete(model, prompts, {"prompt_logprobs": 0})
+        with _expected_shape("/v1/completions"):
+            by_index = {choice["index"]: choice["prompt_logprobs"] for choice in choices}
+            return [
+                # The first token has no figure. vLLM may list likelier tokens beside the prompt's
+                # own.
+                [float(by_index[i][at][str(prompt[at])]["logprob"]) for at in range(1, len(prompt))]
+                for i, prompt in enumerate(prompts)
+            ]
+
+    @asynccontextmanager
+    async def post(
+        self, path: str, body: bytes, *, request_id: str, timeout_seconds: float
+    ) -> AsyncIterator[EngineReply]:
+        """Send a JSON body to `path`; the reply's bytes come as they arrive.
+
+        Leaving the context before the end closes the connection: vLLM then aborts the request.
+        """
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=timeout_seconds
+        )
+        headers = {**self._headers, "X-Request-Id": request_id}
+        try:
+            response = await self._open().post(
+                self._url(path), data=body, headers=headers, timeout=timeout
+            )
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+        try:
+            yield EngineReply(response.status, response.headers, _Body(response, self))
+        finally:
+            # a reply that was read to its end has given its connection back already
+            response.close()
+
+    async def close(self) -> None:
+        """Close the connections, unless the session was handed in."""
+        if self._owns_session and self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _complete(
+        self, model: str, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The choices: one greedy token after each prompt of token ids.
+
+        Refuses an answer by another model.
+        """
+        body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, **options}
+        answer = await self._call_json("POST", "/v1/completions", body)
+        with _expected_shape("/v1/completions"):
+            if answer["model"] != model:
+                raise EngineRefused(200, f"{answer['model']!r} answered, {model!r} was asked")
+            choices: list[dict[str, Any]] = answer["choices"]
+            return choices
+
+    async def _call_json(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> Any:
+        status, text = await self._call(method, path, body)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise EngineRefused(status, f"{path} answered something other than JSON") from error
+
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> tuple[int, str]:
+        """Status and text of a whole reply below 400.
+
+        Anything else is `EngineRefused` with vLLM's own message.
+        """
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=CALL_SECONDS
+        )
+        sent = None if body is None else json.dumps(body).encode()
+        try:
+            async with self._open().request(
+                method, self._url(path), data=sent, headers=self._headers, timeout=timeout
+            ) as response:
+                status, text = response.status, await response.text()
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+        if status >= 400:
+            raise EngineRefused(status, error_message(text))
+        return status, text
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:  # made here because a session belongs to the running event loop
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        return self._session
+
+    def _url(self, path: str) -> URL:
+        return URL(self.address.url + path, encoded=True)
+
+    def _unreachable(self, error: BaseException) -> EngineUnreachable:
+        return EngineUnreachable(f"engine {self.address.id!r}: {type(error).__name__}: {error}")
+
+
+class _Body:
+    """The bytes of a reply as they arrive."""
+
+    def __init__(self, response: aiohttp.ClientResponse, engine: VllmEngine) -> None:
+        self._content = response.content
+        self._engine = engine
+
+    def __aiter__(self) -> _Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await self._content.readany()
+        except _BROKEN as error:
+            raise self._engine._unreachable(error) from error
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+
+def error_message(text: str) -> str:
+    """vLLM's own words out of an error body.
+
+    `{"error": {"message"}}`, `{"error": "…"}`, `{"detail": "…"}` or text.
+    """
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return text.strip()[:500]
+    match body:
+        case (
+            {"error": {"message": str(message)}}
+            | {"error": str(message)}
+            | {"detail": str(message)}
+        ):
+            return message
+    return text.strip()[:500]
+
+
+@contextmanager
+def _expected_shape(path: str) -> Iterator[None]:
+    """Turn a missing key or a wrong type in an answer of `path` into `EngineRefused`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise EngineRefused(200, f"{path} answered in an unknown shape: {error!r}") from error

@@ -1,0 +1,440 @@
+"""What is loaded where, proven there, and running there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from feedback.errors import Conflict, NotReady
+from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
+from server.engines.fake.weights import BASE, Slots, fake_logprobs
+from server.engines.fleet import EngineStatus, Fleet, Member, Unfit
+
+pytestmark = pytest.mark.anyio
+T = TypeVar("T")
+CAPACITY = 4
+PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A release; its number is its weights."""
+
+    number: int
+    acceptance: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"assistant@{self.number}"
+
+    @property
+    def engine_name(self) -> str:
+        return f"assistant-{self.number}-0000" if self.number else "tiny"
+
+    @property
+    def adapter_id(self) -> str | None:
+        return f"ad_{self.number}" if self.number else None
+
+    @property
+    def adapter_hash(self) -> str | None:
+        return f"weights-{self.number}" if self.number else None
+
+
+class SlotsEngine:
+    """The fake engine's slots behind the seam, without a server between."""
+
+    def __init__(self, id: str = "engine-0", capacity: int = CAPACITY) -> None:
+        self.address = EngineAddress(id, "http://nowhere")
+        self.capacity = capacity
+        self.healthy = True
+        self.applies = True
+        self.loading: asyncio.Event | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self.slots = Slots(self.capacity, self.capacity, lambda path: path)
+        self.boots = getattr(self, "boots", 0) + 1
+
+    async def is_healthy(self) -> bool:
+        return self.healthy
+
+    async def boot_id(self) -> str:
+        if not self.healthy:
+            raise EngineUnreachable("gone")
+        return str(self.boots)
+
+    async def list_models(self) -> dict[str, str]:
+        return {"tiny": "/m", **{name: a.path for name, a in self.slots.served.items()}}
+
+    async def load(self, name: str, path: str) -> None:
+        if self.loading is not None:
+            await self.loading.wait()
+        if name in self.slots.served:
+            raise EngineRefused(400, "has already been loaded")
+        self.slots.load(name, path if self.applies else BASE)
+
+    async def unload(self, name: str) -> None:
+        if self.slots.served.pop(name, None) is None:
+            raise EngineRefused(404, "cannot be found")
+
+    async def touch(self, name: str) -> None:
+        self.slots.use(self.slots.served[name])
+
+    async def tokenize(
+        self, model: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    ) -> list[int]:
+        raise NotImplementedError
+
+    async def prompt_logprobs(
+        self, model: str, prompts: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        signature = BASE if model == "tiny" else self.slots.use(self.slots.served[model])
+        return [fake_logprobs(signature, ids) for ids in prompts]
+
+    @contextmanager
+    def post(self, *_: Any, **__: Any) -> Iterator[AsyncIterator[bytes]]:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class World:
+    """A fleet over engines, with roles that tests move."""
+
+    engines: list[SlotsEngine] = field(default_factory=lambda: [SlotsEngine()])
+    roles: list[Weights] = field(default_factory=lambda: [Weights(0)])
+    time: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.fleet = Fleet(
+            base_name="tiny",
+            capacity=CAPACITY,
+            addresses=lambda: [engine.address for engine in self.engines],
+            connect=lambda address: next(e for e in self.engines if e.address == address),
+            reference=self.reference,
+            path=lambda content_hash: content_hash,
+            required=lambda: self.roles[:1],
+            wanted=lambda: self.roles,
+            monotonic=lambda: self.time,
+        )
+
+    def reference(self, adapter_id: str) -> Mapping[str, Any]:
+        signature = f"weights-{adapter_id.removeprefix('ad_')}"
+        if signature == "weights-404":
+            raise OSError("no reference figures")
+        return {
+            "prompts": PROMPTS,
+            "base": [fake_logprobs(BASE, ids) for ids in PROMPTS],
+            "adapter": [fake_logprobs(signature, ids) for ids in PROMPTS],
+        }
+
+    @property
+    def member(self) -> Member:
+        return self.fleet.members["engine-0"]
+
+    async def promote(self, number: int) -> None:
+        release = Weights(number)
+        with self.fleet.keep(release):
+            await self.fleet.prepare(release)
+            self.roles = [release, self.roles[0]]
+        await self.fleet.trim()
+
+
+async def test_no_engine_and_one_that_is_not_ready_are_503() -> None:
+    world = World(engines=[])
+    with pytest.raises(NotReady, match="no engine is there yet"):
+        world.fleet.choose("tiny")
+    world.engines = [SlotsEngine()]
+    world.engines[0].healthy = False
+    await world.fleet.reconcile()
+    with pytest.raises(NotReady, match="engine-0 is loading"):
+        world.fleet.choose("tiny")
+    world.engines[0].healthy = True
+    await world.fleet.reconcile()
+    assert world.fleet.choose("tiny").id == "engine-0"
+
+
+async def test_a_release_is_chosen_only_where_it_is_loaded_and_proven() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    world.engines[0].loading = asyncio.Event()
+    preparing = asyncio.create_task(world.fleet.prepare(Weights(1)))
+    await asyncio.sleep(0)
+    with pytest.raises(NotReady):
+        world.fleet.choose(Weights(1).engine_name)
+    world.engines[0].loading.set()
+    proofs = await preparing
+    assert proofs["engine-0"].to_adapter == 0
+    assert world.fleet.serves(Weights(1))
+
+
+async def test_the_least_busy_engine_is_chosen_and_counts_end_with_the_block() -> None:
+    world = World(engines=[SlotsEngine("engine-0"), SlotsEngine("engine-1")])
+    await world.fleet.reconcile()
+    first = world.fleet.choose("tiny")
+    with suppress(ZeroDivisionError), world.fleet.run(first, "tiny"):
+        assert world.fleet.choose("tiny") is not first
+        raise ZeroDivisionError
+    assert world.fleet.choose("tiny") is first
+    assert first.running == {}
+
+
+async def test_what_has_a_role_is_used_again_before_anything_new_is_loaded() -> None:
+    """Else the engine would evict it: its order of use still has names that were unloaded."""
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    await world.promote(2)
+    for number in range(10, 20):
+        await world.fleet.prepare(Weights(number))
+        in_memory = world.engines[0].slots.in_memory
+        assert {Weights(1).engine_name, Weights(2).engine_name} <= set(in_memory)
+    assert len(world.member.loaded) == CAPACITY
+
+
+async def test_with_every_slot_needed_a_further_release_is_refused() -> None:
+    world = World(roles=[Weights(n) for n in range(1, CAPACITY + 1)])
+    await world.fleet.reconcile()
+    with pytest.raises(NotReady) as refused:
+        await world.fleet.prepare(Weights(9))
+    assert refused.value.code == "no_adapter_slot"
+
+
+async def test_a_running_answer_s_adapter_is_not_unloaded_until_it_ends() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.fleet.prepare(Weights(1))
+    with world.fleet.run(world.member, Weights(1).engine_name):
+        await world.fleet.trim()
+        assert Weights(1).engine_name in world.engines[0].slots.served
+    await world.fleet.trim()
+    assert world.engines[0].slots.served == {}
+
+
+async def test_a_release_on_its_way_to_a_role_outlives_the_trim_of_another_move() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    with world.fleet.keep(Weights(1)):
+        await world.fleet.prepare(Weights(1))
+        await world.fleet.trim()
+        assert world.fleet.serves(Weights(1))
+
+
+async def test_the_evaluation_slot_is_held_by_one_release_until_its_lease_ends() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    lease = await world.fleet.hold_evaluation_slot(Weights(1), "a", 60)
+    await world.fleet.trim()
+    assert world.fleet.serves(Weights(1))
+    with pytest.raises(NotReady) as refused:
+        await world.fleet.hold_evaluation_slot(Weights(2), "b", 60)
+    assert refused.value.code == "evaluation_slot_taken"
+    world.time = 50
+    world.fleet.renew(lease.token, 60)
+    world.time = 100
+    with pytest.raises(NotReady):
+        await world.fleet.hold_evaluation_slot(Weights(2), "b", 60)
+    world.time = 111
+    await world.fleet.hold_evaluation_slot(Weights(2), "b", 60)
+    with pytest.raises(Conflict) as ended:
+        world.fleet.renew(lease.token, 60)
+    assert ended.value.code == "lease_ended"
+    world.fleet.give_back("b")
+    await world.fleet.trim()
+    assert world.member.loaded == {}
+
+
+async def test_noise_is_tolerated_for_an_evaluation_and_its_release_answers_nobody_else() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    engine = world.engines[0]
+    exact = engine.prompt_logprobs
+
+    async def noisy(model: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        figures = await exact(model, prompts)
+        return [[x + (3 if i % 2 else -3) for i, x in enumerate(row)] for row in figures]
+
+    engine.prompt_logprobs = noisy  # type: ignore[method-assign]
+    await world.fleet.hold_evaluation_slot(Weights(1), "a", 60)
+    assert world.fleet.serves(Weights(1), tolerate_noise=True)
+    assert not world.fleet.serves(Weights(1))
+    with pytest.raises(Unfit) as refused:
+        await world.fleet.prepare(Weights(1))
+    assert refused.value.code == "unproven"
+    assert world.fleet.serves(Weights(1), tolerate_noise=True)  # the evaluation goes on
+    world.fleet.traits = {"dtype": "bfloat16"}
+    assert world.fleet.serves(Weights(1, {"dtype": "bfloat16", "by": "admin"}))
+    assert not world.fleet.serves(Weights(1, {"dtype": "float32", "by": "admin"}))
+
+
+async def test_a_restarted_engine_is_restored_before_it_is_ready_again() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    await world.promote(2)
+    engine = world.engines[0]
+    engine.restart()
+    engine.applies = False
+    await world.fleet.reconcile()
+    assert world.member.status is EngineStatus.FAILED
+    assert "still answers like the base" in world.member.reason
+    engine.applies = True
+    await world.fleet.reconcile()
+    assert world.member.status is EngineStatus.FAILED  # tried again after a while, not at once
+    world.time += 20
+    await world.fleet.reconcile()
+    assert world.member.status is EngineStatus.READY
+    assert list(engine.slots.served) == [Weights(2).engine_name, Weights(1).engine_name]
+
+
+async def test_a_gateway_that_restarts_beside_a_running_engine_proves_without_loading() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    loads = world.engines[0].slots.loads
+    successor = World(engines=world.engines, roles=world.roles)
+    await successor.fleet.reconcile()
+    assert successor.fleet.serves(Weights(1))
+    assert world.engines[0].slots.loads == loads
+
+
+async def test_an_engine_that_failed_a_request_gets_none_until_it_is_met_again() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    following = asyncio.create_task(world.fleet.follow(3600))
+    await asyncio.sleep(0)
+    world.fleet.suspect(world.member, "it hung up")
+    assert not world.fleet.serves(Weights(1))
+    async with asyncio.timeout(5):
+        while not world.fleet.serves(Weights(1)):  # woken, not after the hour
+            await asyncio.sleep(0)
+    following.cancel()
+
+
+async def test_one_engine_s_trouble_is_not_the_other_s() -> None:
+    world = World(engines=[SlotsEngine("engine-0"), SlotsEngine("engine-1")])
+    world.engines[0].list_models = _broken  # type: ignore[method-assign]
+    await world.fleet.reconcile()
+    assert world.fleet.choose("tiny").id == "engine-1"
+    assert "KeyError" in world.member.reason
+
+
+async def _broken() -> dict[str, str]:
+    raise KeyError("data")
+
+
+async def test_a_release_without_reference_figures_is_unfit_and_breaks_nothing_else() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    with pytest.raises(Unfit) as refused:
+        await world.fleet.prepare(Weights(404))
+    assert refused.value.code == "adapter_missing"
+    await world.fleet.prepare(Weights(1))
+    assert world.fleet.serves(Weights(1))
+
+
+class Slotting(RuleBasedStateMachine):
+    """Promise 9: never more adapters than slots, and what has a role is never evicted."""
+
+    numbers = st.integers(1, 9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.world = World()
+        self.running: list[tuple[Any, str]] = []
+        self.leases = 0
+        self.do(self.world.fleet.reconcile())
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(work)
+
+    def teardown(self) -> None:
+        for context, _ in self.running:
+            context.__exit__(None, None, None)
+        self.loop.close()
+
+    @rule(number=numbers)
+    def promote(self, number: int) -> None:
+        if number != self.world.roles[0].number:
+            with suppress(NotReady):
+                self.do(self.world.promote(number))
+
+    @precondition(lambda self: len(self.world.roles) > 1)
+    @rule()
+    def roll_back(self) -> None:
+        loads = self.world.engines[0].slots.loads
+        self.world.roles = self.world.roles[1::-1]
+        assert self.world.fleet.serves(self.world.roles[0])
+        assert self.world.engines[0].slots.loads == loads
+
+    @rule(number=numbers)
+    def pin(self, number: int) -> None:
+        with suppress(NotReady):
+            self.do(self.world.fleet.prepare(Weights(number)))
+
+    @rule(number=numbers)
+    def evaluate(self, number: int) -> None:
+        self.leases += 1
+        with suppress(NotReady):
+            token = str(self.leases)
+            self.do(self.world.fleet.hold_evaluation_slot(Weights(number), token, 10))
+
+    @rule(number=numbers)
+    def begin(self, number: int) -> None:
+        fleet, name = self.world.fleet, Weights(number).engine_name
+        if fleet.serves(Weights(number)) and len(self.running) < 2:
+            slots = self.world.engines[0].slots
+            context = fleet.run(fleet.choose(name), name)
+            context.__enter__()
+            slots.use(slots.served[name])
+            slots.start(slots.served[name])
+            self.running.append((context, name))
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def end(self) -> None:
+        context, name = self.running.pop()
+        slots = self.world.engines[0].slots
+        slots.stop(slots.served[name])
+        context.__exit__(None, None, None)
+
+    @rule()
+    def wait(self) -> None:
+        self.world.time += 6
+
+    @precondition(lambda self: not self.running)
+    @rule()
+    def restart(self) -> None:
+        self.world.engines[0].restart()
+        self.do(self.world.fleet.reconcile())
+
+    @invariant()
+    def no_more_than_slots_and_the_mirror_is_true(self) -> None:
+        slots, loaded = self.world.engines[0].slots, self.world.member.loaded
+        assert set(loaded) == set(slots.served)
+        assert len(loaded) <= CAPACITY
+        for name, proof in loaded.items():
+            assert proof is not None
+            assert slots.served[name].path == f"weights-{name.split('-')[1]}"
+
+    @invariant()
+    def what_has_a_role_or_runs_is_in_the_engine_s_memory(self) -> None:
+        needed = {r.engine_name for r in self.world.roles if r.number}
+        needed |= {name for _, name in self.running}
+        assert needed <= set(self.world.engines[0].slots.in_memory)
+
+
+TestSlotting = Slotting.TestCase
+TestSlotting.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
