@@ -1,0 +1,327 @@
+"""Every setting, with its default, its unit and where it may be set.
+
+Owns: `burnish.toml`, `BURNISH_…` environment variables and their precedence (flags > environment >
+file > defaults). Built once, in the CLI, and passed down; nothing reads the environment later. Does
+not own: what a deployment is (rows in the database) or a tuning job's hyperparameters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+BUNDLED_MODEL = "smollm2-135m-instruct"
+
+
+class Section(BaseModel):
+    """A table of `burnish.toml`: an unknown key is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """`[model]`: the base that the engine serves and adapters are trained on."""
+
+    path: str = Field(
+        default=BUNDLED_MODEL,
+        description="Directory of a model, a hub name (`org/name`), or the bundled "
+        "`smollm2-135m-instruct`.",
+    )
+    name: str | None = Field(
+        default=None, description="Public name of the base; default: last part of `path`."
+    )
+    revision: str | None = Field(
+        default=None, description="Hub revision; recorded in every adapter."
+    )
+
+    @property
+    def is_hub_name(self) -> bool:
+        """Whether `path` is `org/name` of the model hub, and no directory here."""
+        return (
+            re.fullmatch(r"[\w.-]+/[\w.-]+", self.path) is not None and not Path(self.path).exists()
+        )
+
+
+class DatabaseSettings(Section):
+    """`[database]`: SQLite in a file by default, or PostgreSQL."""
+
+    url: str | None = Field(
+        default=None, description="SQLAlchemy URL; default: `sqlite:///DATA/burnish.sqlite3`."
+    )
+
+
+class EngineSettings(Section):
+    """`[engine]`: the managed vLLM child, or the addresses of servers that already run."""
+
+    urls: list[str] = Field(
+        default=[], description="vLLM servers that already run; empty: manage one child."
+    )
+    api_key: SecretStr | None = Field(default=None, description="Key of those servers.")
+    adapters_path: str | None = Field(
+        default=None,
+        description="The adapter store as those servers see it; default: `DATA/adapters`.",
+    )
+    port: int | None = Field(
+        default=None, ge=1, le=65535, description="Child's port; default: a free one."
+    )
+    max_loras: int = Field(
+        default=4, ge=1, le=256, description="Adapter slots; at least 3 per deployment + 1."
+    )
+    max_cpu_loras: int | None = Field(default=None, ge=1, description="Default: `max_loras`.")
+    max_lora_rank: int = Field(
+        default=16, description="Largest rank served: 8, 16, 32, 64, 128, 256, 320 or 512."
+    )
+    dtype: str | None = Field(default=None, description="Default: float32 on a CPU, auto on a GPU.")
+    max_model_len: int | None = Field(
+        default=None, ge=64, description="Context in tokens; default: by machine."
+    )
+    kv_cache_gib: int | None = Field(
+        default=None, ge=1, description="CPU KV cache in GiB; default: by memory."
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of the engine; default: all cores."
+    )
+    start_timeout_seconds: float = Field(default=600.0, gt=0)
+    args: dict[str, Any] = Field(
+        default={},
+        description="Handed to vLLM verbatim: `args.max-num-seqs = 16` is `--max-num-seqs 16`.",
+    )
+
+    @property
+    def parses_tools(self) -> bool | None:
+        """Whether the engine can choose tools by itself; None for servers that others started."""
+        if self.urls:
+            return None
+        given = {name.lstrip("-").replace("_", "-") for name, value in self.args.items() if value}
+        return {"enable-auto-tool-choice", "tool-call-parser"} <= given
+
+
+Origin = Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]
+
+TASK_PROMPTS = (
+    "### Task:\nGenerate ",
+    "### Task:\nSuggest ",
+    "### Task:\nAnalyze the chat history",
+    "### Task:\nYou are an autocompletion system",
+    "Your task is to reflect the speaker's likely facial expression",
+)
+"""How Open WebUI's calls for titles, tags, image prompts, follow-ups, queries, completions and
+emoji begin. Its prompt for questions about documents begins with "### Task:" too, and is a chat.
+"""
+
+
+class GatewaySettings(Section):
+    """`[gateway]`: limits of the API process."""
+
+    max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
+    max_upload_bytes: int = Field(
+        default=512 * 1024 * 1024, ge=1024, lt=2**31, description="Largest file of `/v1/files`."
+    )
+    max_choices: int = Field(default=8, ge=1, description="Largest `n` of a chat request.")
+    strict: bool = Field(
+        default=False, description="Refuse fields that would be ignored, instead of naming them."
+    )
+    commit_timeout_seconds: float = Field(
+        default=5.0, gt=0, description="Then an answer ends as `not_recorded`."
+    )
+    engine_timeout_seconds: float = Field(
+        default=600.0, gt=0, description="Longest silence of the engine."
+    )
+    refresh_seconds: float = Field(
+        default=1.0, gt=0, description="How often keys and deployments are read again."
+    )
+    drain_timeout_seconds: float = Field(
+        default=60.0, ge=0, description="How long a shutdown waits for streams."
+    )
+    cors_origins: list[Origin] = Field(
+        default=[], description="Web pages of these origins may call from a browser."
+    )
+    forwarded_allow_ips: list[str] = Field(
+        default=[], description="Reverse proxies whose X-Forwarded-… headers are believed."
+    )
+    task_prompts: list[str] = Field(
+        default=list(TASK_PROMPTS),
+        description="A single user message that begins so is a front end's own call.",
+    )
+    conversation_headers: list[str] = Field(default=["X-OpenWebUI-Chat-Id"])
+    user_headers: list[str] = Field(default=["X-OpenWebUI-User-Id"])
+
+
+class LimitSettings(Section):
+    """`[limits]`: what each key may do where it has no limits of its own."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Default: no limit.")
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Prompts and answers together; default: no limit."
+    )
+    concurrent_requests: int | None = Field(
+        default=None, ge=1, description="Requests that run at once; default: no limit."
+    )
+
+
+class WorkerSettings(Section):
+    """`[worker]`: background jobs and the trainer child."""
+
+    lease_seconds: float = Field(
+        default=30.0, gt=0, description="A job whose beat stands still so long is stalled."
+    )
+    poll_seconds: float = Field(default=1.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    training_threads: int | None = Field(default=None, ge=1, description="Default: all cores.")
+    gateway_url: str | None = Field(
+        default=None, description="Default: the gateway of this machine."
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="Internal key; default: DATA/run/internal.key."
+    )
+
+
+class Settings(BaseSettings):
+    """All settings. `data` holds everything that Burnish writes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BURNISH_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        toml_file="burnish.toml",
+    )
+
+    data: Path = Path("data")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    deployment: str = Field(
+        default="assistant", description="Name of the deployment made on the first start."
+    )
+    bootstrap_key: SecretStr | None = Field(
+        default=None, description="First admin key, instead of a random one."
+    )
+    log_level: str = "info"
+    model: ModelSettings = ModelSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    engine: EngineSettings = EngineSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    limits: LimitSettings = LimitSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, then the file `BURNISH_CONFIG` or `./burnish.toml`."""
+        path = Path(os.environ.get("BURNISH_CONFIG", "burnish.toml"))
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the database."""
+        return self.database.url or f"sqlite:///{self.data.resolve() / 'burnish.sqlite3'}"
+
+    @property
+    def run_dir(self) -> Path:
+        """`engine.json`, lock files and internal keys; 0700."""
+        return self.data / "run"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.data / "logs"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """The content-addressed adapter store."""
+        return self.data / "adapters"
+
+    @property
+    def datasets_dir(self) -> Path:
+        return self.data / "datasets"
+
+    @property
+    def jobs_dir(self) -> Path:
+        """One directory per tuning job: its configuration, checkpoints, output."""
+        return self.data / "jobs"
+
+    @property
+    def model_dir(self) -> Path:
+        """Local directory of the base;
+
+        the bundled model, and those of the hub, are made under `DATA/models`.
+        """
+        if self.model.path == BUNDLED_MODEL or self.model.is_hub_name:
+            return self.data / "models" / self.model.path.replace("/", "--")
+        return Path(self.model.path)
+
+    @property
+    def base_name(self) -> str:
+        """Public name of the base model."""
+        return self.model.name or Path(self.model.path).name.lower()
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Build the settings; `flags` that are None count as not given.
+
+    Raises `SystemExit` with one line per problem, each naming the key, what was found and where
+    keys come from.
+    """
+    _check_environment()
+    try:
+        return Settings(**{key: value for key, value in flags.items() if value is not None})
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(
+                    f"unknown setting {key!r} (found {problem['input']!r}); see docs/settings.md"
+                )
+            else:
+                lines.append(f"setting {key!r}: {problem['msg']} (found {problem['input']!r})")
+        raise SystemExit("burnish: " + "\n         ".join(lines)) from None
+
+
+NOT_SETTINGS = frozenset(
+    {
+        "BURNISH_CONFIG",
+        "BURNISH_URL",
+        "BURNISH_API_KEY",
+        "BURNISH_PROMISES",
+        "BURNISH_TEST_DATA",
+        "BURNISH_TRAINER_PARENT",
+    }
+)
+"""Variables of this name space that are no settings:
+
+the file's path, the client's, the tests', the trainer's.
+"""
+
+
+def _check_environment() -> None:
+    """Name variables that look like settings and are none: pydantic-settings passes over them."""
+    for variable in sorted(os.environ):
+        if not variable.startswith("BURNISH_") or variable in NOT_SETTINGS:
+            continue
+        first, *rest = variable.removeprefix("BURNISH_").lower().split("__")
+        field = Settings.model_fields.get(first)
+        known = field is not None
+        if field is not None and rest:
+            section = field.annotation
+            fields = getattr(section, "model_fields", {})
+            known = rest[0] in fields and (len(rest) == 1 or rest[0] == "args")
+        if not known:
+            raise SystemExit(
+                f"burnish: unknown setting {variable} in the environment; see docs/settings.md"
+            )
