@@ -1,0 +1,180 @@
+"""The FastAPI application of one gateway, and the process that serves it.
+
+Owns: which routers there are, the headers that every reply has, how the process starts and ends.
+Does not own: what the gateway consists of (`gateway.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from feedback.db import Database
+from server import endpoints
+from server.auth import check_routes
+from server.bounds import BoundedHttpProtocol
+from server.endpoints.chat import CHAT_PATH, TEXT_PATH
+from server.errors import add_error_handlers
+from server.gateway import Gateway, build_gateway, running, sole_gateway
+from server.idempotency import REPLAYED_HEADER
+from server.limits import LimitRequests
+from server.machine import installed_version
+from server.metrics import CountRequests
+from server.settings import Settings
+from server.wire import IGNORED_HEADER
+from tuner.base_models import BaseModel, describe_base
+
+_ALWAYS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+
+_EXPOSED = (
+    "x-request-id",
+    "x-burnish-release",
+    "x-burnish-stored",
+    IGNORED_HEADER,
+    REPLAYED_HEADER,
+    "retry-after",
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for of in ("requests", "tokens")
+        for what in ("limit", "remaining", "reset")
+    ),
+)
+"""Headers that scripts of other origins may read."""
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """All routes over `gateway`. Raises RuntimeError where a route has no scope."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with running(gateway):
+            yield
+
+    app = FastAPI(
+        title="Burnish",
+        description="An OpenAI-compatible chat service that is polished by its users.",
+        version=installed_version("burnish") or "0",
+        lifespan=lifespan,
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    app.state.gateway = gateway
+    add_error_handlers(app)
+    for router in endpoints.ROUTERS:
+        app.include_router(router, responses=endpoints.ERRORS)
+    check_routes(app.routes)
+    # The last one added is the outermost: a refusal has the headers of every reply too.
+    app.add_middleware(
+        LimitRequests, gateway=gateway, token_paths=frozenset({CHAT_PATH, TEXT_PATH})
+    )
+    app.add_middleware(AlwaysHeaders)
+    app.add_middleware(CountRequests, figures=gateway.figures)
+    if origins := gateway.settings.gateway.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=["*"],  # clients send headers of their own; keys are no cookies
+            expose_headers=_EXPOSED,
+        )
+    return app
+
+
+class AlwaysHeaders:
+    """Adds the headers that every reply has."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _ALWAYS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn, telling the gateway first that it ends: readiness fails before connections do.
+
+    A signal that was obeyed is not raised again at the end, so the exit status is 0.
+    """
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT  # asked twice by a person
+        self.should_exit = True
+        self._gateway.stopping = True
+
+
+def serve(settings: Settings) -> int:
+    """Run one gateway until SIGTERM or SIGINT; the exit status.
+
+    Raises DatabaseUnfit where another gateway has the SQLite file, BaseModelError.
+    """
+    gateway = build_gateway(settings, read_base(settings), Database(settings.database_url))
+    server = GatewayServer(build_config(create_app(gateway), settings), gateway)
+    _collect_garbage_rarely()
+    try:
+        with sole_gateway(gateway.database):
+            server.run()
+    finally:
+        gateway.database.dispose()
+    return 0 if server.started else 1
+
+
+def _collect_garbage_rarely() -> None:
+    """Leave what was imported out of every collection, and collect after many allocations only.
+
+    With 64 requests at once a tenth of this process' time went into collections that found next to
+    nothing: a request's objects end with it, by their counts.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+def build_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    proxies = settings.gateway.forwarded_allow_ips
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=BoundedHttpProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=proxies,
+        timeout_graceful_shutdown=max(1, int(settings.gateway.drain_timeout_seconds)),
+    )
+
+
+def read_base(settings: Settings) -> BaseModel:
+    """The base that the engines serve. Raises BaseModelError."""
+    return describe_base(
+        settings.model_dir,
+        settings.base_name,
+        settings.model.revision,
+        cache=settings.data / "models" / "revisions.json",
+    )

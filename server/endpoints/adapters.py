@@ -1,0 +1,35 @@
+"""`/admin/adapters`: LoRA weights, named by their content."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from server import access
+from server.endpoints.fields import unix
+from server.sessions import CallerDep, ReadSession
+
+router = APIRouter(tags=["releases"])
+
+
+@router.get("/admin/adapters/{adapter_id}")
+def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+    """One adapter and the releases that answer with it."""
+    row, releases = access.get_adapter(session, caller, adapter_id)
+    return {
+        "id": row.id,
+        "object": "adapter",
+        "content_hash": row.content_hash,
+        "r": row.r,
+        "lora_alpha": row.lora_alpha,
+        "target_modules": row.target_modules,
+        "base_model": row.base_model,
+        "base_revision": row.base_revision,
+        "template_hash": row.template_hash,
+        "bytes": row.bytes,
+        "origin": row.origin,
+        "job_id": row.job_id,
+        "releases": [release.name for release in releases],
+        "created_at": unix(row.created_at),
+    }

@@ -1,0 +1,46 @@
+"""`/admin/audit`: who did what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from feedback.audit import list_entries
+from feedback.tables import AuditEntry
+from server.access import check_unlimited
+from server.endpoints.fields import Limit
+from server.endpoints.stored import page
+from server.sessions import CallerDep, ReadSession
+
+router = APIRouter(tags=["administration"])
+
+
+@router.get("/admin/audit")
+def list_audit(
+    caller: CallerDep,
+    session: ReadSession,
+    subject: str | None = None,
+    action: str | None = None,
+    after: Annotated[int, Query(ge=0, lt=2**31)] | None = None,
+    limit: Limit = 50,
+) -> dict[str, Any]:
+    """Entries, newest first."""
+    check_unlimited(caller, "the audit log")
+    rows, has_more = list_entries(session, subject=subject, action=action, after=after, limit=limit)
+    return page([_entry(row) for row in rows], has_more)
+
+
+def _entry(row: AuditEntry) -> dict[str, Any]:
+    return {
+        "id": row.seq,
+        "object": "audit.entry",
+        "at": row.at.isoformat(timespec="microseconds"),  # as it is hashed
+        "actor": row.actor,
+        "key_id": row.key_id,
+        "action": row.action,
+        "subject": row.subject,
+        "details": row.details,
+        "previous_hash": row.previous_hash,
+        "hash": row.hash,
+    }

@@ -1,0 +1,79 @@
+"""`/v1/comparisons`: which of two answers to the same messages is better."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from pydantic import Field, StrictInt
+from sqlalchemy.orm import Session
+
+from feedback.comparisons import NewComparison, compare
+from feedback.tables import Comparison, Preferred
+from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.feedback import Source, person_of, teaching_of, user_of
+from server.endpoints.fields import Name, unix
+from server.sessions import CallerDep, WriteSession
+
+router = APIRouter(prefix="/v1/comparisons", tags=["feedback"], route_class=JsonRoute)
+
+Choice = Annotated[StrictInt, Field(ge=0, le=1_000)]
+
+_EXCHANGED = {Preferred.A: Preferred.B, Preferred.B: Preferred.A}
+
+
+class ComparisonCreate(Body):
+    """One comparison. `preferred` null withdraws it."""
+
+    completion_ids: tuple[str, str]
+    choice_indexes: tuple[Choice, Choice] = (0, 0)
+    preferred: Preferred | None = Field(description="a: the first; b: the second; null withdraws.")
+    comment: str | None = None
+    source: Source = Source()
+    user: Name | None = Field(
+        default=None, description="With a key for end users: whose comparison it is."
+    )
+    id: str | None = None
+
+
+@router.post("", status_code=201, responses={200: {"description": "It stood already."}})
+def give_comparison(
+    body: ComparisonCreate, caller: CallerDep, session: WriteSession, response: Response
+) -> dict[str, Any]:
+    """Say which of two answers is better."""
+    new = NewComparison(
+        completion_ids=body.completion_ids,
+        preferred=body.preferred,
+        choice_indexes=body.choice_indexes,
+        comment=body.comment,
+        source_type=body.source.type,
+        source_id=body.source.id,
+        client_id=body.id,
+    )
+    row, created = compare(
+        session, caller.viewer(), new, person_id=person_of(session, caller, body.user)
+    )
+    response.status_code = 201 if created else 200
+    return _comparison(session, row, body)
+
+
+def _comparison(session: Session, row: Comparison, body: ComparisonCreate) -> dict[str, Any]:
+    """In the order of the request; the row has its own."""
+    preferred = None if row.preferred is None else Preferred(row.preferred)
+    turned = (row.answer_a, row.choice_a) != (body.completion_ids[0], body.choice_indexes[0])
+    if turned and preferred is not None:
+        preferred = _EXCHANGED.get(preferred, preferred)
+    return {
+        "id": row.id,
+        "object": "comparison",
+        "completion_ids": body.completion_ids,
+        "choice_indexes": body.choice_indexes,
+        "preferred": preferred,
+        "comment": row.comment,
+        "source": {"type": row.source_type, "id": row.source_id},
+        "user": user_of(session, row.person_id),
+        "revision": row.revision,
+        "teaches": teaching_of(session, row.answer_a, "comparison", row.preferred, row.source_type),
+        "created_at": unix(row.created_at),
+        "updated_at": unix(row.updated_at),
+    }

@@ -1,0 +1,99 @@
+"""`/admin/datasets`: judged answers, frozen."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+from sqlalchemy.orm import Session
+
+from feedback import datasets
+from server.access import append_audit, get_dataset, get_deployment, reach
+from server.auth import Caller
+from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.fields import Limit, Name
+from server.endpoints.stored import page
+from server.endpoints.waiting import PENDING, wait_while_pending
+from server.gateway import Gateway
+from server.policies import curation_policy
+from server.sessions import CallerDep, GatewayDep, ReadSession
+from tuner.tuning import create_freeze_job
+
+router = APIRouter(prefix="/admin/datasets", tags=["data sets"], route_class=JsonRoute)
+
+WaitSeconds = Annotated[
+    float, Field(ge=0, le=600, description="How long the reply may wait for the work's end.")
+]
+
+
+class DatasetCreate(Body):
+    deployment: Name
+    policy: dict[str, Any] | None = Field(
+        default=None, description="Choices of curation that differ from the deployment's."
+    )
+    wait_seconds: WaitSeconds = 60
+
+
+@router.post("", status_code=201, responses={202: {"description": "Still queued or running."}})
+async def create_dataset(
+    body: DatasetCreate,
+    request: Request,
+    response: Response,
+    caller: CallerDep,
+    gateway: GatewayDep,
+) -> dict[str, Any]:
+    """Freeze what was judged so far; `failed` carries its reason."""
+    dataset_id = await asyncio.to_thread(_create, gateway, caller, body)
+
+    def look(session: Session) -> dict[str, Any]:
+        return datasets.describe_dataset(session, datasets.get_dataset(session, dataset_id))
+
+    found = await wait_while_pending(request, gateway, look, seconds=body.wait_seconds)
+    response.status_code = 202 if found["status"] in PENDING else 201
+    return found
+
+
+@router.get("")
+def list_datasets(
+    caller: CallerDep,
+    session: ReadSession,
+    deployment: str | None = None,
+    after: str | None = None,
+    limit: Limit = 20,
+) -> dict[str, Any]:
+    """Data sets, newest first."""
+    if after is not None:
+        get_dataset(session, caller, after, param="after")
+    rows, has_more = datasets.list_datasets(
+        session, deployments=reach(session, caller, deployment), after=after, limit=limit
+    )
+    return page([datasets.describe_dataset(session, row) for row in rows], has_more)
+
+
+@router.get("/{dataset_id}")
+def get_one_dataset(dataset_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+    """One data set: counts, what was dropped and why, its files."""
+    return datasets.describe_dataset(session, get_dataset(session, caller, dataset_id))
+
+
+def _create(gateway: Gateway, caller: Caller, body: DatasetCreate) -> str:
+    with gateway.database.write() as session:
+        deployment = get_deployment(session, caller, body.deployment, param="deployment")
+        policy = curation_policy(deployment, body.policy)
+        user = caller.key.user
+        dataset = datasets.create_dataset(session, deployment.name, policy, created_by=user)
+        job = create_freeze_job(
+            session, dataset, person_id=caller.person_id, created_by=caller.key.user
+        )
+        append_audit(
+            session,
+            caller,
+            "dataset_requested",
+            dataset.id,
+            deployment=deployment.name,
+            job=job.id,
+            policy_hash=policy.hash,
+        )
+        return dataset.id

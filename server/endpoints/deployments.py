@@ -1,0 +1,368 @@
+"""`/admin/deployments`: public model names, what they are set to, and the moves of their releases.
+
+A change is in force on this gateway before its reply is sent. A new system prompt or new sampling
+changes no answer: it makes a candidate, which is evaluated and promoted like any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from pydantic import Field, model_validator
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from feedback.errors import BadRequest, Conflict, Forbidden
+from server import deployments
+from server.access import append_audit, get_deployment, get_release, sees
+from server.auth import Caller, Scope
+from server.deployments import Move
+from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.fields import Generation, Name, Note, unix
+from server.endpoints.stored import page
+from server.gateway import Gateway
+from server.policies import Policies, merge_policies
+from server.sessions import CallerDep, GatewayDep, ReadSession
+from server.wire import Bounded
+from tuner import releases
+from tuner.tables import Adapter, Deployment, Release
+
+router = APIRouter(prefix="/admin/deployments", tags=["deployments"], route_class=JsonRoute)
+
+Prompt = Annotated[str, Field(max_length=64_000)]
+Aliases = Annotated[list[str], Field(max_length=64)]
+
+
+class SamplingDefaults(Part):
+    """What requests that say nothing are sampled with; bounds as in `wire.Sampling`."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Bounded | None = None
+    frequency_penalty: Bounded | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class DeploymentCreate(Body):
+    """A new public name, answered by the base without adapter."""
+
+    name: str
+    base_model: str | None = Field(default=None, description="Default: what the engines serve.")
+    system_prompt: Prompt | None = None
+    sampling: SamplingDefaults = SamplingDefaults()
+    aliases: Aliases = []
+    policies: Policies = Policies()
+
+
+class DeploymentChange(Body):
+    """What is left out stays as it is."""
+
+    system_prompt: Prompt | None = None
+    sampling: SamplingDefaults | None = None
+    aliases: Aliases | None = None
+    policies: Policies | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_its_base(cls, value: Any) -> Any:
+        for name in ("base", "base_model"):
+            if isinstance(value, dict) and name in value:
+                raise BadRequest(
+                    f"{name!r} can't be changed: the adapters of a deployment fit its base alone; "
+                    "make another deployment",
+                    param=name,
+                )
+        return value
+
+
+class Promotion(Body):
+    release: Name
+    expected_generation: Generation | None = None
+    note: Note | None = None
+    force: bool = Field(
+        default=False, description="Promote without, or against, an evaluation; takes a note."
+    )
+
+
+class Rollback(Body):
+    expected_generation: Generation | None = None
+    note: Note | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """An engine at one moment. Taken in the event loop, which owns the fleet."""
+
+    id: str
+    state: str
+    reason: str | None
+    ready: bool
+    loaded: frozenset[str]  #: engine names that are proven there
+
+
+async def view_engines(gateway: GatewayDep) -> list[EngineView]:
+    """All engines as they are now."""
+    return [
+        EngineView(
+            id=member.id,
+            state=str(member.status),
+            reason=member.reason or None,
+            ready=member.is_ready_for(gateway.base.name, gateway.base.name),
+            loaded=frozenset(name for name, proof in member.loaded.items() if proof is not None),
+        )
+        for member in gateway.fleet.members.values()
+    ]
+
+
+EnginesDep = Annotated[list[EngineView], Depends(view_engines)]
+
+
+@router.get("")
+def list_deployments(
+    caller: CallerDep, session: ReadSession, engines: EnginesDep
+) -> dict[str, Any]:
+    """All deployments, by name."""
+    rows = releases.list_deployments(session, names=caller.key.deployments)
+    return page([_deployment(session, caller, row, engines) for row in rows], False)
+
+
+@router.get("/{name}")
+def get_one_deployment(
+    name: str, caller: CallerDep, session: ReadSession, engines: EnginesDep
+) -> dict[str, Any]:
+    """One deployment: its roles, its settings, and what its engines hold."""
+    return _deployment(session, caller, get_deployment(session, caller, name), engines)
+
+
+@router.post("", status_code=201)
+async def create_deployment(
+    body: DeploymentCreate, caller: CallerDep, gateway: GatewayDep
+) -> dict[str, Any]:
+    """Make a deployment."""
+
+    def make(session: Session) -> str:
+        _create(session, gateway, caller, body)
+        return body.name
+
+    return await _change(gateway, caller, make)
+
+
+@router.patch("/{name}")
+async def change_deployment(
+    name: str, body: DeploymentChange, caller: CallerDep, gateway: GatewayDep
+) -> dict[str, Any]:
+    """Aliases and policies act at once; system prompt and sampling make the `candidate`."""
+    candidates: list[str] = []
+
+    def change(session: Session) -> str:
+        candidates.extend(_apply(session, caller, get_deployment(session, caller, name), body))
+        return name
+
+    changed = await _change(gateway, caller, change)
+    return {**changed, "candidate": candidates[0] if candidates else None}
+
+
+@router.post("/{name}/promote")
+async def promote(
+    name: str, body: Promotion, caller: CallerDep, gateway: GatewayDep
+) -> dict[str, Any]:
+    """Make a release production. The reply comes after the flip; the previous one stays loaded."""
+
+    def look(session: Session) -> None:
+        get_deployment(session, caller, name)
+        get_release(session, caller, body.release, param="release")
+
+    await asyncio.to_thread(_read, gateway, look)
+    move = _move(caller, body.note, body.expected_generation, force=body.force)
+    await deployments.promote(gateway, name, body.release, move)
+    return await _show(gateway, caller, name)
+
+
+@router.post("/{name}/rollback")
+async def rollback(
+    name: str, caller: CallerDep, gateway: GatewayDep, body: Rollback | None = None
+) -> dict[str, Any]:
+    """Return to the release before. Nothing is loaded: it has stayed."""
+    body = body or Rollback()
+    await asyncio.to_thread(_read, gateway, lambda session: get_deployment(session, caller, name))
+    await deployments.rollback(gateway, name, _move(caller, body.note, body.expected_generation))
+    return await _show(gateway, caller, name)
+
+
+def _move(
+    caller: Caller, note: str | None, expected_generation: int | None, *, force: bool = False
+) -> Move:
+    return Move(
+        actor=caller.key.user,
+        key_id=caller.key.id,
+        note=note,
+        force=force,
+        expected_generation=expected_generation,
+    )
+
+
+def _create(session: Session, gateway: Gateway, caller: Caller, body: DeploymentCreate) -> None:
+    if not sees(caller, body.name):
+        raise Forbidden(
+            f"this key is limited to {', '.join(caller.key.deployments or ()) or 'no deployment'}"
+        )
+    base = gateway.base
+    deployments.check_base_serves(gateway, body.base_model or base.name)
+    existing = session.scalar(select(func.count()).select_from(Deployment)) or 0
+    if existing >= (gateway.fleet.capacity - 1) // 3:
+        raise Conflict(
+            f"{existing} deployments are there, and engine.max_loras is {gateway.fleet.capacity}: "
+            f"another one takes at least {3 * existing + 4} (three for each and one more)",
+            code="no_adapter_slot",
+        )
+    row = releases.create_deployment(
+        session,
+        name=body.name,
+        base_model=base.name,
+        base_revision=base.revision,
+        template_hash=base.template_hash,
+        system_prompt=body.system_prompt,
+        sampling=body.sampling.to_json(),
+        aliases=body.aliases,
+        policies=merge_policies({}, body.policies),
+        created_by=caller.key.user,
+    )
+    append_audit(session, caller, "deployment_created", row.name, aliases=body.aliases)
+
+
+def _apply(session: Session, caller: Caller, row: Deployment, body: DeploymentChange) -> list[str]:
+    """Make the change; the name of the candidate that it took, if it took one."""
+    if body.aliases is not None:
+        releases.set_aliases(session, row.name, body.aliases)
+    if body.policies is not None:
+        row.policies = merge_policies(row.policies, body.policies)
+    production = releases.production_of(session, row)
+    prompt, sampling = production.system_prompt, production.sampling
+    if "system_prompt" in body.model_fields_set:
+        prompt = body.system_prompt
+    if "sampling" in body.model_fields_set:
+        sampling = body.sampling.to_json() if body.sampling is not None else {}
+    made: list[str] = []
+    if (prompt, sampling) != (production.system_prompt, production.sampling):
+        # It learned what production learned, so it carries where that comes from.
+        candidate = releases.create_release(
+            session,
+            row,
+            adapter=session.get(Adapter, production.adapter_id) if production.adapter_id else None,
+            system_prompt=prompt,
+            sampling=sampling,
+            job_id=production.job_id,
+            dataset_id=production.dataset_id,
+            sources_left_out=production.sources_left_out,
+            created_by=caller.key.user,
+        )
+        made.append(candidate.name)
+    session.flush()
+    append_audit(
+        session,
+        caller,
+        "deployment_changed",
+        row.name,
+        changed=sorted(body.model_fields_set),
+        candidate=made[0] if made else None,
+    )
+    return made
+
+
+async def _change(
+    gateway: Gateway, caller: Caller, work: Callable[[Session], str]
+) -> dict[str, Any]:
+    """Run `work` as one transaction, have the gateway read it, and show the deployment it names."""
+
+    def write() -> str:
+        with gateway.database.write() as session:
+            return work(session)
+
+    name = await asyncio.to_thread(write)
+    await gateway.directory.refresh()
+    return await _show(gateway, caller, name)
+
+
+async def _show(gateway: Gateway, caller: Caller, name: str) -> dict[str, Any]:
+    engines = await view_engines(gateway)
+
+    def show(session: Session) -> dict[str, Any]:
+        return _deployment(session, caller, get_deployment(session, caller, name), engines)
+
+    return await asyncio.to_thread(_read, gateway, show)
+
+
+def _read(gateway: Gateway, look: Callable[[Session], Any]) -> Any:
+    with gateway.database.read() as session:
+        return look(session)
+
+
+def _deployment(
+    session: Session, caller: Caller, row: Deployment, engines: list[EngineView]
+) -> dict[str, Any]:
+    production = releases.production_of(session, row)
+
+    def name_of(number: int | None) -> str | None:
+        return None if number is None else f"{row.name}@{number}"
+
+    return {
+        "name": row.name,
+        "id": row.name,
+        "object": "deployment",
+        "base_model": row.base_model,
+        "production": production.name,
+        "previous": name_of(row.previous),
+        "canary": name_of(row.canary),
+        "canary_percent": row.canary_percent,
+        "generation": row.generation,
+        "rolled_back": row.rolled_back,
+        "aliases": releases.list_aliases(session, row.name),
+        "system_prompt": production.system_prompt if caller.key.allows(Scope.CURATE) else None,
+        "sampling": production.sampling,
+        "policies": row.policies,
+        "sources": row.sources,
+        "engines": _engines(session, row, engines),
+        "created_at": unix(row.created_at),
+    }
+
+
+def _engines(session: Session, row: Deployment, engines: list[EngineView]) -> list[dict[str, Any]]:
+    """Each engine with the releases of this deployment that it can answer as: those of roles, and
+    whatever else has an adapter there.
+    """
+    roles = {number for number in (row.production, row.previous, row.canary) if number is not None}
+    loaded = {name for engine in engines for name in engine.loaded}
+    found = session.scalars(
+        select(Release)
+        .where(
+            Release.deployment == row.name,
+            Release.number.in_(roles) | Release.engine_name.in_(loaded),
+        )
+        .order_by(Release.number)
+    ).all()
+    return [
+        {
+            "id": engine.id,
+            "state": engine.state,
+            "reason": engine.reason,
+            "releases": [
+                release.name
+                for release in found
+                if (engine.ready if release.adapter_id is None else False)
+                or release.engine_name in engine.loaded
+            ],
+        }
+        for engine in engines
+    ]

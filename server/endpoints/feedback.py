@@ -1,0 +1,248 @@
+"""`/v1/feedback`: what people think of an answer or a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from pydantic import Field, StrictInt
+from sqlalchemy.orm import Session
+
+from feedback import judgements
+from feedback.answers import get_answer
+from feedback.curation.extract import describe_teaching
+from feedback.datasets import what_became
+from feedback.errors import Forbidden, NotFound
+from feedback.judgements import NewJudgement
+from feedback.people import find_or_create_person
+from feedback.tables import Answer, AnswerKind, Judgement, JudgementKind, Person, SourceType
+from server.auth import Caller
+from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.fields import Limit, Name, unix
+from server.endpoints.stored import page
+from server.feedback_tokens import Grant, find_or_create_secret, sign
+from server.policies import curation_policy
+from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
+from tuner.tables import Deployment
+
+router = APIRouter(prefix="/v1/feedback", tags=["feedback"], route_class=JsonRoute)
+
+
+class Source(Part):
+    """Who or what passed the verdict; only `human` is a person."""
+
+    type: SourceType = SourceType.HUMAN
+    id: str = ""
+
+
+class FeedbackCreate(Body):
+    """One verdict. `value` null withdraws it."""
+
+    completion_id: str | None = None
+    conversation_id: str | None = None
+    choice_index: Annotated[StrictInt, Field(ge=0, le=1_000)] = 0
+    kind: JudgementKind
+    value: Any = Field(
+        description="rating: true or false; stars: 1 to 5; correction: the better answer, as text "
+        "or message; comment: text; signal: text, number or boolean; null withdraws."
+    )
+    name: str = ""
+    comment: str | None = None
+    reasons: list[str] | None = None
+    source: Source = Source()
+    user: Name | None = Field(
+        default=None,
+        description="With a key for end users: whose verdict it is; by default whoever got the "
+        "answer. Of no effect on other keys.",
+    )
+    metadata: dict[str, str] | None = None
+    id: str | None = Field(
+        default=None, description="The client's own id: the same verdict sent twice counts once."
+    )
+
+
+@router.post("", status_code=201, responses={200: {"description": "It stood already."}})
+def give_feedback(
+    body: FeedbackCreate,
+    caller: CallerDep,
+    session: WriteSession,
+    gateway: GatewayDep,
+    response: Response,
+) -> dict[str, Any]:
+    """Judge an answer, or change or withdraw what was said before."""
+    viewer, person_id = caller.viewer(), person_of(session, caller, body.user)
+    if (grant := caller.key.grant) is not None:
+        _check_grant(grant, body)
+        # The token names the answer; whoever made it saw it.
+        viewer, person_id = replace(viewer, sees_all=True), grant.person_id
+    row, created = judgements.judge(session, viewer, _judgement(body), person_id=person_id)
+    response.status_code = 201 if created else 200
+    gateway.figures.judgements.add(row.kind, row.source_type)
+    return _feedback(session, row)
+
+
+class TokenCreate(Body):
+    """Who may judge which answer, and for how long."""
+
+    completion_id: Name
+    expires_in_seconds: Annotated[StrictInt, Field(ge=1, le=2_592_000)]
+    user: Name | None = Field(
+        default=None,
+        description="With a key for end users: whose verdict it will be; by default of whoever got "
+        "the answer. Of no effect on other keys.",
+    )
+
+
+@router.post("/tokens", status_code=201)
+async def make_token(body: TokenCreate, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """A token that judges one answer in the place of a key, for a browser."""
+    expires_at = int(time.time()) + body.expires_in_seconds
+
+    def sign_token() -> tuple[str, str]:
+        with gateway.database.write() as session:
+            answer = get_answer(session, body.completion_id, caller.viewer())
+            person_id = person_of(session, caller, body.user)
+            if person_id is None:
+                person_id = answer.person_id if caller.key.end_users else caller.person_id
+            grant = Grant(answer.id, person_id, caller.key.id, expires_at)
+            secret = find_or_create_secret(session)
+            return sign(grant, secret), secret
+
+    token, secret = await asyncio.to_thread(sign_token)
+    if gateway.directory.keyring.secret != secret:
+        await gateway.directory.refresh()
+    return {"object": "feedback.token", "token": token, "expires_at": expires_at}
+
+
+@router.get("")
+def list_feedback(
+    caller: CallerDep,
+    session: ReadSession,
+    completion_id: str | None = None,
+    conversation_id: str | None = None,
+    kind: JudgementKind | None = None,
+    after: str | None = None,
+    limit: Limit = 20,
+) -> dict[str, Any]:
+    """Standing verdicts, newest first."""
+    rows, has_more = judgements.list_judgements(
+        session,
+        caller.viewer(),
+        completion_id=completion_id,
+        conversation_id=conversation_id,
+        kind=kind,
+        after=after,
+        limit=limit,
+    )
+    return page([_feedback(session, row) for row in rows], has_more)
+
+
+@router.get("/{judgement_id}")
+def get_feedback(judgement_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+    """One verdict with its history and what became of it."""
+    row = judgements.get_judgement(session, caller.viewer(), judgement_id)
+    grant = caller.key.grant
+    if grant is not None and row.answer_id != grant.answer_id:
+        raise NotFound(f"no judgement {judgement_id!r} of yours is known", param="id")
+    history = judgements.list_judgement_revisions(session, caller.viewer(), judgement_id)
+    return {
+        **_feedback(session, row),
+        "became": what_became(session, row.id),
+        "history": [
+            {
+                "revision": said.revision,
+                "value": said.value,
+                "comment": said.comment,
+                "reasons": said.reasons,
+                "at": unix(said.at),
+            }
+            for said in history
+        ],
+    }
+
+
+@router.delete("/{judgement_id}")
+def withdraw_feedback(
+    judgement_id: str, caller: CallerDep, session: WriteSession
+) -> dict[str, Any]:
+    """Take a verdict back."""
+    row = judgements.withdraw(session, caller.viewer(), judgement_id)
+    return {"id": row.id, "object": "feedback.deleted", "deleted": True}
+
+
+def person_of(session: Session, caller: Caller, end_user: str | None) -> str | None:
+    """The end user that an application's key names; None leaves it to the rule of `judge`."""
+    if end_user is None or not caller.key.end_users:
+        return None
+    return find_or_create_person(session, caller.key.user, end_user).id
+
+
+def user_of(session: Session, person_id: str) -> str:
+    """How whoever calls knows a person: the end user's name, else the key's user."""
+    person = session.get_one(Person, person_id)
+    return person.end_user or person.user
+
+
+def teaching_of(
+    session: Session,
+    answer_id: str | None,
+    kind: str,
+    value: Any,
+    source_type: str = SourceType.HUMAN,
+) -> str:
+    """What a verdict on this answer teaches, in words."""
+    answer = None if answer_id is None else session.get(Answer, answer_id)
+    if answer is None or not answer.stored or not answer.trainable:
+        return "nothing"
+    if answer.kind != AnswerKind.CHAT or answer.deployment is None:
+        return "nothing"
+    policy = curation_policy(session.get(Deployment, answer.deployment))
+    return describe_teaching(kind, value, policy, source_type=source_type)
+
+
+def _check_grant(grant: Grant, body: FeedbackCreate) -> None:
+    """Raises Forbidden for anything but the answer of the token."""
+    if body.completion_id != grant.answer_id or body.conversation_id is not None:
+        raise Forbidden(f"this feedback token judges {grant.answer_id!r} alone")
+
+
+def _judgement(body: FeedbackCreate) -> NewJudgement:
+    return NewJudgement(
+        kind=body.kind,
+        value=body.value,
+        completion_id=body.completion_id,
+        conversation_id=body.conversation_id,
+        choice_index=body.choice_index,
+        name=body.name,
+        comment=body.comment,
+        reasons=body.reasons,
+        metadata=body.metadata,
+        source_type=body.source.type,
+        source_id=body.source.id,
+        client_id=body.id,
+    )
+
+
+def _feedback(session: Session, row: Judgement) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "feedback",
+        "completion_id": row.answer_id,
+        "conversation_id": row.conversation_id,
+        "choice_index": row.choice_index,
+        "kind": row.kind,
+        "value": row.value,
+        "name": row.name,
+        "comment": row.comment,
+        "reasons": row.reasons,
+        "source": {"type": row.source_type, "id": row.source_id},
+        "user": user_of(session, row.person_id),
+        "metadata": row.metadata_,
+        "revision": row.revision,
+        "teaches": teaching_of(session, row.answer_id, row.kind, row.value, row.source_type),
+        "created_at": unix(row.created_at),
+        "updated_at": unix(row.updated_at),
+    }

@@ -1,0 +1,227 @@
+"""`/v1/files`: uploads and the files of data sets, as OpenAI's client knows them.
+
+An upload is checked before the reply, so one that can't be trained on is refused with the lines
+that are wrong. What it holds is kept and handed out as rows of TRL's form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+from sqlalchemy import or_, select, true
+
+from feedback import uploads
+from feedback.errors import BadRequest, Conflict, NotFound
+from feedback.formats.containers import Limits
+from feedback.tables import Dataset, File
+from feedback.uploads import Incoming, Upload
+from server.access import append_audit, get_file, sees_all_uploads
+from server.auth import Caller
+from server.endpoints.fields import unix
+from server.endpoints.multipart import Form, receive_form
+from server.endpoints.stored import page
+from server.gateway import Gateway
+from server.sessions import CallerDep, GatewayDep, ReadSession
+from tuner.tuning import find_job_on
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+PURPOSE = "fine-tune"
+
+# One file at a time: checking takes seconds of this process, and the loop's own threads are for
+# work that chats wait for.
+_CHECKING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+_FIELDS = ("purpose", "format", "columns")
+_FORM_OVERHEAD_BYTES = 64 * 1024  # boundaries, headers and fields around the file
+_FORM = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": [PURPOSE]},
+        "format": {
+            "type": "string",
+            "enum": list(uploads.FORMATS),
+            "description": "Only needed where the content doesn't tell.",
+        },
+        "columns": {
+            "type": "string",
+            "description": "JSON object: our names of columns to the file's.",
+        },
+    },
+}
+
+
+@router.post(
+    "",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
+    },
+)
+async def create_file(request: Request, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Upload training data; a file that can't be trained on is refused line by line."""
+    settings = gateway.settings
+    most = settings.gateway.max_upload_bytes
+    with uploads.receiving(settings.data) as incoming:
+        form = await receive_form(request, incoming.original, most=most + _FORM_OVERHEAD_BYTES)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_CHECKING, _accept, gateway, caller, incoming, form)
+
+
+@router.get("")
+def list_files(
+    caller: CallerDep,
+    session: ReadSession,
+    gateway: GatewayDep,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """Uploads, and files of the data sets that the caller sees."""
+    of_datasets = select(Dataset.id)
+    if caller.key.deployments is not None:
+        of_datasets = of_datasets.where(Dataset.deployment.in_(caller.key.deployments))
+    theirs = true() if sees_all_uploads(caller) else File.person_id == caller.person_id
+    own = File.dataset_id.is_(None) & theirs
+    query = select(File).where(or_(File.dataset_id.in_(of_datasets), own))
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    if after is not None:
+        last = get_file(session, caller, after, param="after").id
+        query = query.where(File.id > last if order == "asc" else File.id < last)
+    by = File.id.asc() if order == "asc" else File.id.desc()
+    rows = session.scalars(query.order_by(by).limit(limit + 1)).all()
+    data = gateway.settings.data
+    return page([_file(row, data) for row in rows[:limit]], len(rows) > limit)
+
+
+@router.get("/{file_id}")
+def get_one_file(
+    file_id: str, caller: CallerDep, session: ReadSession, gateway: GatewayDep
+) -> dict[str, Any]:
+    """One file's facts."""
+    return _file(get_file(session, caller, file_id), gateway.settings.data)
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Delete an upload. Releases that learned from it stay."""
+    with gateway.database.write() as session:
+        get_file(session, caller, file_id)
+        row = uploads.lock_upload(session, file_id)
+        if row is not None:
+            if (job_id := find_job_on(session, file_id)) is not None:
+                raise Conflict(
+                    f"{job_id} still needs {file_id}; cancel it, or wait for its end",
+                    code="file_in_use",
+                )
+            append_audit(session, caller, "file_deleted", file_id, sha256=row.sha256)
+            session.delete(row)
+    uploads.remove_content(gateway.settings.data, file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+@router.get("/{file_id}/content", response_class=FileResponse)
+def get_content(
+    file_id: str, caller: CallerDep, session: ReadSession, gateway: GatewayDep
+) -> FileResponse:
+    """The file itself: JSON lines."""
+    row = get_file(session, caller, file_id)
+    return FileResponse(
+        _locate(gateway.settings.data, row),
+        media_type="application/jsonl",
+        filename=row.filename,
+    )
+
+
+def _locate(data: Path, row: File) -> Path:
+    """Where the file lies. Raises NotFound where it is not below the data directory."""
+    path = _find_content(data, row)
+    if path is None:
+        raise NotFound(f"the content of {row.id!r} is no longer there", code="content_missing")
+    return path
+
+
+def _find_content(data: Path, row: File) -> Path | None:
+    root = data.resolve()
+    path = (root / row.path).resolve()
+    return path if path.is_relative_to(root) and path.is_file() else None
+
+
+def _accept(gateway: Gateway, caller: Caller, incoming: Incoming, form: Form) -> dict[str, Any]:
+    """Check what arrived, keep it, and write its row."""
+    purpose = form.fields.get("purpose")
+    if purpose != PURPOSE:
+        raise BadRequest(f"found purpose {purpose!r:.100}, expected {PURPOSE!r}", param="purpose")
+    unknown = next((name for name in form.fields if name not in _FIELDS), None)
+    if unknown is not None:
+        raise BadRequest(
+            f"unknown field {unknown[:100]!r}; expected file, {', '.join(_FIELDS)}",
+            param=unknown[:100],
+        )
+    data = gateway.settings.data
+    with gateway.database.read() as session:
+        uploads.remove_leftovers(session, data)
+    upload = uploads.accept(
+        incoming,
+        filename=form.filename,
+        format=form.fields.get("format"),
+        columns=_columns(form.fields.get("columns")),
+        limits=Limits(bytes=gateway.settings.gateway.max_upload_bytes),
+    )
+    try:
+        return _record(gateway, caller, upload)
+    except BaseException:
+        uploads.remove_content(data, upload.id)
+        raise
+
+
+def _columns(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRequest("columns is no JSON", param="columns") from None
+
+
+def _record(gateway: Gateway, caller: Caller, upload: Upload) -> dict[str, Any]:
+    with gateway.database.write() as session:
+        row = uploads.create_file(session, upload, person_id=caller.person_id)
+        append_audit(
+            session,
+            caller,
+            "file_created",
+            row.id,
+            kind=upload.kind,
+            rows=upload.rows,
+            sha256=upload.sha256,
+            original_sha256=upload.original_sha256,
+        )
+        return _file(row, gateway.settings.data)
+
+
+def _file(row: File, data: Path) -> dict[str, Any]:
+    there = _find_content(data, row) is not None
+    return {
+        "id": row.id,
+        "object": "file",
+        "bytes": row.bytes,
+        "created_at": unix(row.created_at),
+        "filename": row.filename,
+        "purpose": row.purpose,
+        "status": "processed" if there else "error",
+        "status_details": None if there else "its content is no longer on disk",
+        "rows": row.rows,
+        "kind": row.kind,
+        "side": row.side,
+        "dataset_id": row.dataset_id,
+        "sha256": row.sha256,
+    }

@@ -1,0 +1,300 @@
+"""`/v1/fine_tuning/jobs`: tuning jobs in OpenAI's words.
+
+`model` is a deployment or an alias of one, `fine_tuned_model` the release that came of it: a
+candidate, never production.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from feedback.errors import BadRequest
+from server.access import append_audit, get_dataset, get_file, get_job, sees
+from server.auth import Caller
+from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.fields import Name, unix
+from server.endpoints.stored import page
+from server.gateway import Gateway
+from server.routing import unknown_model
+from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
+from server.wire import Metadata
+from tuner import jobs
+from tuner.releases import find_deployment_by_model
+from tuner.tables import Deployment, Job, JobEvent, JobKind, JobStatus, Method, Release
+from tuner.tuning import AUTO, create_tuning_job
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=JsonRoute)
+
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+_LEGACY = ("n_epochs", "batch_size", "learning_rate_multiplier")
+_SHOWN = {Method.SUPERVISED: _LEGACY, Method.DPO: (*_LEGACY, "beta")}
+_LATER = (Method.KTO, Method.COMBINED)
+
+
+class MethodOptions(Part):
+    hyperparameters: dict[str, Any] | None = Field(
+        default=None, description='Numbers, or "auto" for the default.'
+    )
+
+
+class MethodChoice(Part):
+    type: str = Method.SUPERVISED
+    supervised: MethodOptions | None = None
+    dpo: MethodOptions | None = None
+
+
+class JobCreate(Body):
+    """OpenAI's request; what has no meaning here may be null only."""
+
+    model: Name
+    training_file: Name = Field(description="`file-…`, or `ds_…`: all of it that the method uses.")
+    method: MethodChoice | None = None
+    hyperparameters: dict[str, Any] | None = Field(
+        default=None, description="OpenAI's older place for them; `method` is the newer."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    metadata: Metadata | None = None
+    validation_file: Any = None
+    suffix: Any = None
+    integrations: Any = None
+
+
+@router.post("")
+def create_job(
+    body: JobCreate, caller: CallerDep, gateway: GatewayDep, session: WriteSession
+) -> dict[str, Any]:
+    """Queue a tuning job."""
+    _refuse_meaningless(body)
+    method = body.method or MethodChoice()
+    deployment = _find_deployment(session, gateway, caller, body.model)
+    if body.training_file.startswith("ds_"):
+        get_dataset(session, caller, body.training_file, param="training_file")
+    else:
+        get_file(session, caller, body.training_file, param="training_file")
+    job = create_tuning_job(
+        session,
+        deployment,
+        method=method.type,
+        training_file=body.training_file,
+        hyperparameters=_hyperparameters(body, method),
+        seed=body.seed or 0,
+        max_rank=gateway.settings.engine.max_lora_rank,
+        person_id=caller.person_id,
+        created_by=caller.key.user,
+    )
+    if body.metadata:
+        job.spec = {**job.spec, "metadata": body.metadata}
+        session.flush()
+    append_audit(
+        session,
+        caller,
+        "job_created",
+        job.id,
+        deployment=deployment.name,
+        method=job.method,
+        training_file=body.training_file,
+    )
+    return _job(session, job)
+
+
+@router.get("")
+def list_jobs(
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    after: str | None = None,
+    limit: Limit = 20,
+) -> dict[str, Any]:
+    """Tuning jobs, newest first."""
+    if any(name.startswith("metadata") for name in request.query_params):
+        raise BadRequest("tuning jobs can't be filtered by metadata", param="metadata")
+    if after is not None:
+        get_job(session, caller, after, kind=JobKind.TUNE)
+    rows, has_more = jobs.list_jobs(
+        session,
+        kind=JobKind.TUNE,
+        deployments=caller.key.deployments,
+        after=after,
+        limit=limit,
+    )
+    return page([_job(session, row) for row in rows], has_more)
+
+
+@router.get("/{job_id}")
+def get_one_job(job_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+    """One tuning job."""
+    return _job(session, get_job(session, caller, job_id, kind=JobKind.TUNE))
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
+    """Cancel it: a queued one at once, a running one as soon as its worker hears of it."""
+    get_job(session, caller, job_id, kind=JobKind.TUNE)
+    job = jobs.request_cancel(session, job_id)
+    append_audit(session, caller, "job_cancelled", job.id, deployment=job.deployment)
+    return _job(session, job)
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
+    """Put it aside: a queued one at once, a running one as soon as its worker hears of it."""
+    get_job(session, caller, job_id, kind=JobKind.TUNE)
+    job = jobs.request_pause(session, job_id)
+    append_audit(session, caller, "job_paused", job.id, deployment=job.deployment)
+    return _job(session, job)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
+    """Queue a paused job again; it goes on from its last checkpoint."""
+    get_job(session, caller, job_id, kind=JobKind.TUNE)
+    job = jobs.resume(session, job_id)
+    append_audit(session, caller, "job_resumed", job.id, deployment=job.deployment)
+    return _job(session, job)
+
+
+@router.get("/{job_id}/checkpoints")
+def list_checkpoints(
+    job_id: str,
+    caller: CallerDep,
+    session: ReadSession,
+    after: str | None = None,
+    limit: Limit = 10,
+) -> dict[str, Any]:
+    """Steps at which the run was saved, newest first. They serve to resume it, not to answer."""
+    get_job(session, caller, job_id, kind=JobKind.TUNE)
+    rows, has_more = jobs.list_checkpoints(session, job_id, after=after, limit=limit)
+    return page([_checkpoint(row, figures) for row, figures in rows], has_more)
+
+
+@router.get("/{job_id}/events")
+def list_events(
+    job_id: str,
+    caller: CallerDep,
+    session: ReadSession,
+    after: str | None = None,
+    limit: Limit = 20,
+) -> dict[str, Any]:
+    """What happened in it, newest first."""
+    get_job(session, caller, job_id, kind=JobKind.TUNE)
+    rows, has_more = jobs.list_events(session, job_id, after=after, limit=limit)
+    return page([_event(row) for row in rows], has_more)
+
+
+def _refuse_meaningless(body: JobCreate) -> None:
+    reasons = {
+        "validation_file": "validation rows are taken from the training side, by hash",
+        "suffix": "releases are numbered, such as 'assistant@3'",
+        "integrations": "events are read from the job itself",
+    }
+    for name, reason in reasons.items():
+        if getattr(body, name) not in (None, []):
+            raise BadRequest(f"{name} can't be set: {reason}; leave it out", param=name)
+
+
+def _find_deployment(session: Session, gateway: Gateway, caller: Caller, model: str) -> Deployment:
+    found = find_deployment_by_model(session, model)
+    if found is None or not sees(caller, found.name):
+        raise unknown_model(model, gateway.directory.snapshot, caller.key.deployments)
+    return found
+
+
+def _hyperparameters(body: JobCreate, method: MethodChoice) -> dict[str, Any]:
+    """Those of the chosen method, or of the older place. Raises BadRequest where both are given."""
+    if method.type in _LATER:
+        raise BadRequest(
+            f"method {method.type!r} is not there yet; use 'supervised' or 'dpo'",
+            param="method.type",
+        )
+    chosen: dict[str, Any] | None = None
+    for name in (Method.SUPERVISED, Method.DPO):
+        options: MethodOptions | None = getattr(method, name)
+        if options is not None and name != method.type:
+            raise BadRequest(
+                f"method.{name} was given, but method.type is {method.type!r}",
+                param=f"method.{name}",
+            )
+        chosen = options.hyperparameters if options is not None else chosen
+    if chosen and body.hyperparameters:
+        raise BadRequest(
+            f"found hyperparameters and method.{method.type}.hyperparameters; give one of them",
+            param="hyperparameters",
+        )
+    return chosen or body.hyperparameters or {}
+
+
+def _job(session: Session, row: Job) -> dict[str, Any]:
+    given = row.spec.get("hyperparameters", {})
+    method = Method(row.method or Method.SUPERVISED)
+    shown = {name: given.get(name, AUTO) for name in _SHOWN[method]}
+    ended = row.status in jobs.ENDED
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job",
+        "model": row.deployment,
+        "created_at": unix(row.created_at),
+        "finished_at": unix(row.finished_at),
+        "fine_tuned_model": _release_of(session, row),
+        "organization_id": "burnish",
+        "result_files": [],
+        "status": row.status,
+        "training_file": row.spec.get("training_file"),
+        "validation_file": None,
+        "hyperparameters": {name: given.get(name, AUTO) for name in _LEGACY},
+        "method": {"type": method, method.value: {"hyperparameters": {**shown, **given}}},
+        "trained_tokens": row.result.get("trained_tokens") if ended else None,
+        "error": _error(row),
+        "seed": row.spec.get("seed", 0),
+        "estimated_finish": None,
+        "integrations": [],
+        "metadata": row.spec.get("metadata"),
+    }
+
+
+def _error(row: Job) -> dict[str, Any] | None:
+    if row.status != JobStatus.FAILED:
+        return None
+    return {"code": row.error_code, "message": row.error_message, "param": None}
+
+
+def _release_of(session: Session, row: Job) -> str | None:
+    """The release that the job made: the first that names it; later ones have its adapter with
+    another prompt.
+    """
+    if row.status != JobStatus.SUCCEEDED:
+        return None
+    query = select(Release.name).where(
+        Release.deployment == row.deployment, Release.job_id == row.id
+    )
+    return session.scalar(query.order_by(Release.number).limit(1))
+
+
+def _event(row: JobEvent) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job.event",
+        "created_at": unix(row.created_at),
+        "level": row.level,
+        "message": row.message,
+        "type": "metrics" if row.type == "metrics" else "message",  # OpenAI has these two
+        "data": row.data,
+    }
+
+
+def _checkpoint(row: JobEvent, figures: dict[str, Any]) -> dict[str, Any]:
+    step = row.data.get("step")
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": unix(row.created_at),
+        "fine_tuned_model_checkpoint": None,
+        "fine_tuning_job_id": row.job_id,
+        "step_number": step,
+        "metrics": {"step": step, "train_loss": figures.get("loss")},
+    }

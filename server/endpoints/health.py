@@ -1,0 +1,59 @@
+"""`/healthz`, `/readyz`: is the process there, and can it answer?"""
+
+from __future__ import annotations
+
+import json
+
+from fastapi import APIRouter, Response
+
+from server.gateway import Gateway
+from server.sessions import GatewayDep
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process runs."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(gateway: GatewayDep, response: Response) -> dict[str, object]:
+    """Ready to answer, loading, or failed and why."""
+    engines = [
+        {"id": m.id, "state": m.status, "reason": m.reason or None}
+        for m in gateway.fleet.members.values()
+    ]
+    if gateway.stopping:
+        status, reason = "stopping", "the gateway is shutting down"
+    elif gateway.fleet.is_ready():
+        return {"status": "ready", "engines": engines}
+    else:
+        status, reason = _why_not(gateway)
+    response.status_code = 503
+    response.headers["retry-after"] = "5"
+    return {"status": status, "reason": reason, "engines": engines}
+
+
+def _why_not(gateway: Gateway) -> tuple[str, str]:
+    """From the fleet, and from what the supervisor wrote about the managed engine."""
+    members = list(gateway.fleet.members.values())
+    failed = [m for m in members if m.status == "failed"]
+    try:
+        state = json.loads(
+            (gateway.settings.run_dir / "supervisor.json").read_text(encoding="utf-8")
+        )
+        engine = state["children"]["engine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        engine = None
+    if engine is not None and engine.get("state") == "failed":
+        return "failed", f"the engine does not start: {engine.get('reason') or 'see its log'}"
+    if engine is not None and engine.get("state") == "backoff":
+        return (
+            "loading",
+            f"the engine ended and is started again: {engine.get('reason') or 'see its log'}",
+        )
+    if failed:
+        return "failed", gateway.fleet.explain_not_ready()
+    return "loading", "the engine is starting; the first start takes about a minute"

@@ -1,0 +1,160 @@
+"""The worker's way to the engines: the evaluation slot, and log-probabilities of given answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from feedback.db import new_id
+from feedback.errors import Conflict, NotFound, NotReady
+from server.endpoints.bodies import Body, Part, WorkerRoute
+from server.engines.base import EngineRefused, EngineUnreachable
+from server.engines.fleet import Lease, Member
+from server.errors import EngineFault
+from server.gateway import Gateway
+from server.routing import ReleaseView
+from server.sessions import CallerDep, GatewayDep
+from server.snapshot import load_release
+from tuner.tables import ReleaseState
+
+router = APIRouter(
+    prefix="/internal", tags=["internal"], include_in_schema=False, route_class=WorkerRoute
+)
+
+LEASE_SECONDS = 60.0
+
+
+class SlotRequest(Body):
+    release: str
+
+
+class ScoreItem(Part):
+    prompt: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    completion: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class ScoreRequest(Body):
+    model: str
+    items: Annotated[list[ScoreItem], Field(min_length=1, max_length=64)]
+
+
+@router.post("/evaluation-slot", status_code=201)
+async def hold_slot(body: SlotRequest, _caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Load and prove a release for its evaluation."""
+    release = await asyncio.to_thread(_find, gateway, body.release)
+    if release.state in (ReleaseState.DISCARDED, ReleaseState.FAILED):
+        raise Conflict(f"{release.name!r} is {release.state}", code=f"release_{release.state}")
+    lease = await gateway.fleet.hold_evaluation_slot(release, new_id("slot_"), LEASE_SECONDS)
+    gateway.directory.remember(release.name)
+    await gateway.directory.refresh()
+    return _lease(lease)
+
+
+@router.post("/evaluation-slot/{token}/beat")
+async def keep_slot(token: str, _caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Keep the slot for another while."""
+    return _lease(gateway.fleet.renew(token, LEASE_SECONDS))
+
+
+@router.delete("/evaluation-slot/{token}")
+async def give_slot_back(token: str, _caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """The evaluation has ended."""
+    gateway.fleet.give_back(token)
+    return {"token": token, "released": True}
+
+
+@router.post("/score")
+async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Log-probability of each completion given its prompt, in nats, summed over its tokens."""
+    engine_name = gateway.base.name
+    if body.model != gateway.base.name:
+        release = gateway.directory.snapshot.find_release(body.model)
+        if release is None:
+            release = await asyncio.to_thread(_find, gateway, body.model)
+        engine_name = release.engine_name
+    member = gateway.fleet.choose(engine_name)
+    try:
+        with gateway.fleet.run(member, engine_name):
+            prepared = [await _tokenize(gateway, member, item) for item in body.items]
+            wanted = [full for full in prepared if isinstance(full, tuple)]
+            figures = (
+                await member.engine.prompt_logprobs(engine_name, [ids for _, ids in wanted])
+                if wanted
+                else []
+            )
+    except EngineUnreachable as error:
+        gateway.fleet.suspect(member, str(error))
+        raise NotReady("the engine went away; try again", code="engine_failed") from None
+    except EngineRefused as error:
+        raise EngineFault(f"the engine refused: {error.message}", code="engine_refused") from None
+    scored = iter(zip(wanted, figures, strict=True))
+    items: list[dict[str, Any]] = []
+    for found in prepared:
+        if isinstance(found, str):
+            items.append({"error": found})
+            continue
+        (prompt_tokens, ids), logprobs = next(scored)
+        items.append(
+            {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": len(ids) - prompt_tokens,
+                "logprob": sum(logprobs[prompt_tokens - 1 :]),
+            }
+        )
+    return {"items": items}
+
+
+async def _tokenize(
+    gateway: Gateway, member: Member, item: ScoreItem
+) -> tuple[int, list[int]] | str:
+    """(prompt length, ids of both up to the completion's end-of-turn token), or why there is none.
+
+    The same tokens as the trainer learns from (`tuner/training/data.py`).
+    """
+    engine, base = member.engine, gateway.base
+    whole = [*item.prompt, *item.completion]
+    try:
+        prompt = await engine.tokenize(base.name, item.prompt, add_generation_prompt=True)
+        full = await engine.tokenize(base.name, whole, add_generation_prompt=False)
+    except EngineRefused as error:
+        if error.status != 400:
+            raise
+        return "template_refused"
+    if full[: len(prompt)] != prompt:
+        return "template_mismatch"
+    completion = until_end_of_turn(full[len(prompt) :], base.eos_token_ids)
+    if len(completion) < 2:
+        return "empty"
+    if len(prompt) + len(completion) >= base.max_position_embeddings:
+        return "too_long"
+    return len(prompt), [*prompt, *completion]
+
+
+def until_end_of_turn(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    """Cut behind the last end token: what a template writes after it, an engine never generates.
+
+    A template that writes none gets one.
+    """
+    for index in range(len(tokens), 0, -1):
+        if tokens[index - 1] in ends:
+            return tokens[:index]
+    return [*tokens, *ends[:1]]
+
+
+def _find(gateway: Gateway, name: str) -> ReleaseView:
+    with gateway.database.read() as session:
+        release = load_release(session, name)
+    if release is None:
+        raise NotFound(f"no release {name!r}", param="release")
+    return release
+
+
+def _lease(lease: Lease) -> dict[str, Any]:
+    return {
+        "token": lease.token,
+        "release": lease.release.name,
+        "expires_in_seconds": LEASE_SECONDS,
+    }

@@ -1,0 +1,158 @@
+"""`/admin/keys`: who may call, and with which scopes.
+
+A change is in force on this gateway before its reply is sent, on others with their next refresh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import Field, StrictInt
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from feedback.errors import Conflict, Forbidden, NotFound
+from server.access import append_audit, get_deployment
+from server.auth import Caller, Scope, create_key, revoke_key
+from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.fields import Limit, Name, unix
+from server.endpoints.stored import page
+from server.gateway import Gateway
+from server.sessions import CallerDep, GatewayDep, ReadSession
+from server.tables import Key
+
+router = APIRouter(prefix="/admin/keys", tags=["administration"], route_class=JsonRoute)
+
+Most = Annotated[StrictInt, Field(ge=1, le=1_000_000_000)]
+GivenScope = Literal["chat", "feedback", "rate", "curate", "tune", "promote", "admin"]
+
+
+class KeyLimits(Part):
+    """Limits of this key alone; what is left out is as in the settings, null is no limit."""
+
+    requests_per_minute: Most | None = None
+    tokens_per_minute: Most | None = None
+    concurrent_requests: Most | None = None
+
+
+class KeyCreate(Body):
+    """A key and what it may do."""
+
+    user: Name = Field(description="The person, or the application, that the key speaks for.")
+    scopes: Annotated[list[GivenScope], Field(min_length=1)]
+    deployments: list[str] | None = Field(default=None, description="null: all of them.")
+    end_users: bool = Field(default=False, description="The key speaks for many people.")
+    limits: KeyLimits | None = None
+    name: Name | None = None
+
+
+@router.post("", status_code=201)
+async def create(body: KeyCreate, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Make a key. The reply alone shows it."""
+    made = await asyncio.to_thread(_create, gateway, caller, body)
+    await gateway.directory.refresh()
+    return made
+
+
+@router.get("")
+def list_keys(
+    caller: CallerDep, session: ReadSession, after: str | None = None, limit: Limit = 20
+) -> dict[str, Any]:
+    """Keys in force, newest first."""
+    rows = [row for row in _in_force(session) if _sees(caller, row)]
+    if after is not None:
+        rows = [row for row in rows if row.id < after]
+    return page([_key(row) for row in rows[:limit]], len(rows) > limit)
+
+
+@router.delete("/{key_id}")
+async def revoke(key_id: str, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Put a key out of force."""
+    revoked = await asyncio.to_thread(_revoke, gateway, caller, key_id)
+    await gateway.directory.refresh()
+    return revoked
+
+
+def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> dict[str, Any]:
+    allowed = caller.key.deployments
+    if body.deployments is None and allowed is not None:
+        raise Forbidden(
+            f"this key is limited to {', '.join(allowed) or 'no deployment'} and cannot make one "
+            "that is not; name some of these in 'deployments'"
+        )
+    with gateway.database.write() as session:
+        for name in body.deployments or ():
+            get_deployment(session, caller, name, param="deployments")
+        row, token = create_key(
+            session,
+            user=body.user,
+            scopes=body.scopes,
+            deployments=body.deployments,
+            end_users=body.end_users,
+            limits=None if body.limits is None else body.limits.model_dump(exclude_unset=True),
+            name=body.name,
+            created_by=caller.key.user,
+        )
+        append_audit(
+            session,
+            caller,
+            "key_created",
+            row.id,
+            user=row.user,
+            scopes=row.scopes,
+            deployments=row.deployments,
+            end_users=row.end_users,
+            limits=row.limits,
+        )
+        return {**_key(row), "key": token}
+
+
+def _revoke(gateway: Gateway, caller: Caller, key_id: str) -> dict[str, Any]:
+    with gateway.database.write() as session:
+        keys = _in_force(session, hold=True)
+        row = next((key for key in keys if key.id == key_id and _sees(caller, key)), None)
+        if row is None:
+            raise NotFound(f"no key {key_id!r} is in force")
+        if [key for key in keys if _rules_all(key)] == [row]:
+            raise Conflict(
+                f"{key_id!r} is the last admin key; make another before you revoke it",
+                code="last_admin_key",
+            )
+        row = revoke_key(session, row.id)
+        append_audit(session, caller, "key_revoked", row.id, user=row.user)
+        return _key(row)
+
+
+def _in_force(session: Session, *, hold: bool = False) -> list[Key]:
+    """All keys but the workers', newest first; `hold` keeps others from revoking meanwhile."""
+    query = select(Key).where(Key.revoked_at.is_(None)).order_by(Key.id.desc())
+    rows = session.scalars(query.with_for_update() if hold else query)
+    return [row for row in rows if Scope.INTERNAL not in row.scopes]
+
+
+def _sees(caller: Caller, row: Key) -> bool:
+    """A limited administrator handles keys within the same limits."""
+    allowed = caller.key.deployments
+    return allowed is None or (row.deployments is not None and {*row.deployments} <= {*allowed})
+
+
+def _rules_all(row: Key) -> bool:
+    return Scope.ADMIN in row.scopes and row.deployments is None
+
+
+def _key(row: Key) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "key",
+        "user": row.user,
+        "name": row.name,
+        "scopes": row.scopes,
+        "deployments": row.deployments,
+        "end_users": row.end_users,
+        "limits": row.limits or {},
+        "created_by": row.created_by,
+        "created_at": unix(row.created_at),
+        "revoked_at": unix(row.revoked_at),
+    }

@@ -1,0 +1,17 @@
+"""`/metrics`: the gateway's figures for Prometheus."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+
+from server.metrics import CONTENT_TYPE, build_metrics
+from server.sessions import CallerDep, GatewayDep
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def read_metrics(_caller: CallerDep, gateway: GatewayDep) -> PlainTextResponse:
+    """Figures of this gateway."""
+    return PlainTextResponse(build_metrics(gateway), media_type=CONTENT_TYPE)

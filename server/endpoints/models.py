@@ -1,0 +1,53 @@
+"""`/v1/models`: what a caller may name as `model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from server.routing import Snapshot, list_names, unknown_model
+from server.sessions import CallerDep, GatewayDep
+from server.snapshot import load_release
+from tuner.tables import ReleaseState
+
+router = APIRouter(tags=["models"])
+
+
+def _model(name: str, **more: Any) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "burnish", **more}
+
+
+def _names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]:
+    names = list_names(snapshot, allowed)
+    return sorted(
+        {*names, *(alias for alias, target in snapshot.aliases.items() if target in names)}
+    )
+
+
+@router.get("/v1/models")
+async def list_models(caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """Deployments, their aliases, and the base."""
+    snapshot = gateway.directory.snapshot
+    return {
+        "object": "list",
+        "data": [_model(name) for name in _names(snapshot, caller.key.deployments)],
+    }
+
+
+@router.get("/v1/models/{model:path}")
+def get_model(model: str, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+    """One of them, or a release by its name."""
+    snapshot, allowed = gateway.directory.snapshot, caller.key.deployments
+    if model in _names(snapshot, allowed):
+        return _model(model)
+    if "@" in model and len(model) <= 128 and "\x00" not in model:
+        with gateway.database.read() as session:
+            release = load_release(session, model)
+        alive = release is not None and release.state not in (
+            ReleaseState.DISCARDED,
+            ReleaseState.FAILED,
+        )
+        if release is not None and alive and (allowed is None or release.deployment in allowed):
+            return _model(model, parent=release.deployment)
+    raise unknown_model(model, snapshot, allowed)

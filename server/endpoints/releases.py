@@ -1,0 +1,94 @@
+"""`/admin/releases`: versions that can answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from sqlalchemy.orm import Session
+
+from server.access import append_audit, get_release, reach
+from server.auth import Caller, Scope
+from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.fields import Limit, Note, unix
+from server.endpoints.stored import page
+from server.sessions import CallerDep, ReadSession, WriteSession
+from tuner import releases
+from tuner.tables import Deployment, Evaluation, Release
+
+router = APIRouter(prefix="/admin/releases", tags=["releases"], route_class=JsonRoute)
+
+
+class Discard(Body):
+    reason: Note | None = None
+
+
+@router.get("")
+def list_releases(
+    caller: CallerDep,
+    session: ReadSession,
+    deployment: str | None = None,
+    after: str | None = None,
+    limit: Limit = 20,
+) -> dict[str, Any]:
+    """Releases by deployment, newest first in each."""
+    if after is not None:
+        get_release(session, caller, after, param="after")
+    rows, has_more = releases.list_releases(
+        session, deployments=reach(session, caller, deployment), after=after, limit=limit
+    )
+    return page([_release(session, caller, row) for row in rows], has_more)
+
+
+@router.get("/{name}")
+def get_one_release(name: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+    """One release, its role now, and its newest evaluation."""
+    return _release(session, caller, get_release(session, caller, name))
+
+
+@router.post("/{name}/discard")
+def discard_release(
+    name: str, caller: CallerDep, session: WriteSession, body: Discard | None = None
+) -> dict[str, Any]:
+    """Put a release away for good."""
+    reason = body.reason if body is not None else None
+    row = releases.discard(session, get_release(session, caller, name).name, reason=reason)
+    append_audit(session, caller, "release_discarded", row.name, reason=reason)
+    return _release(session, caller, row)
+
+
+def _release(session: Session, caller: Caller, row: Release) -> dict[str, Any]:
+    deployment = session.get_one(Deployment, row.deployment)
+    return {
+        "id": row.name,
+        "name": row.name,
+        "object": "release",
+        "deployment": row.deployment,
+        "state": row.state,
+        "state_reason": row.state_reason,
+        "role": releases.role_of(deployment, row.number),
+        "adapter": row.adapter_id,
+        "base_model": row.base_model,
+        "base_revision": row.base_revision,
+        "system_prompt": row.system_prompt if caller.key.allows(Scope.CURATE) else None,
+        "sampling": row.sampling,
+        "acceptance": row.acceptance,
+        "job_id": row.job_id,
+        "dataset_id": row.dataset_id,
+        "sources_left_out": row.sources_left_out,
+        "evaluation": _evaluation(releases.newest_evaluation(session, row.name)),
+        "created_by": row.created_by,
+        "created_at": unix(row.created_at),
+    }
+
+
+def _evaluation(row: Evaluation | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    return {
+        "id": row.id,
+        "decision": row.decision,
+        "reasons": row.reasons,
+        "checks": row.checks,
+        "baseline": row.baseline,
+    }

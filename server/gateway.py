@@ -1,0 +1,251 @@
+"""The gateway process put together: database, recorder, directory, fleet.
+
+Owns: their wiring and lifetimes, and who a request's caller is. Does not own: routes
+(`endpoints/`), rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from feedback.answers import interrupt_started
+from feedback.db import Database, DatabaseUnfit, new_id
+from feedback.errors import AppError
+from feedback.people import find_or_create_person
+from server.auth import Caller, KeyView, check_scope, end_user_of
+from server.engines.base import EngineAddress
+from server.engines.fleet import Fleet, managed_address
+from server.engines.vllm import VllmEngine
+from server.limits import LimitBook, Limits
+from server.metrics import Figures
+from server.recorder import Recorder
+from server.routing import ReleaseView, Snapshot
+from server.settings import Settings
+from server.snapshot import Directory
+from tuner.adapters import AdapterRefused, AdapterStore
+from tuner.base_models import BaseModel
+from tuner.tables import Adapter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What routes work with. One event loop owns it."""
+
+    settings: Settings
+    base: BaseModel
+    database: Database
+    recorder: Recorder
+    directory: Directory
+    fleet: Fleet
+    store: AdapterStore
+    limits: LimitBook
+    figures: Figures = field(default_factory=Figures)
+    id: str = field(default_factory=lambda: new_id("gw_"))
+    stopping: bool = False
+    _people: dict[tuple[str, str], str] = field(default_factory=dict)
+    _moves: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def move_lock(self, deployment: str) -> asyncio.Lock:
+        """Moves of one deployment follow each other."""
+        return self._moves.setdefault(deployment, asyncio.Lock())
+
+    async def person_id(self, user: str, end_user: str = "") -> str:
+        """The person of that name, from memory after the first time."""
+        found = self._people.get((user, end_user))
+        if found is None:
+            found = await asyncio.to_thread(self._find_or_create_person, user, end_user)
+            if len(self._people) > 100_000:
+                self._people.clear()
+            self._people[user, end_user] = found
+        return found
+
+    def _find_or_create_person(self, user: str, end_user: str) -> str:
+        with self.database.write() as session:
+            return find_or_create_person(session, user, end_user).id
+
+    def forget_person(self, user: str) -> None:
+        """After an erasure the names of a user mean nobody."""
+        for name in [name for name in self._people if name[0] == user]:
+            del self._people[name]
+
+    def authorize(self, method: str, path: str, headers: Mapping[str, str]) -> KeyView:
+        """The key of a request, checked against the route's scope.
+
+        Raises NotAuthenticated or Forbidden.
+        """
+        key = self.directory.keyring.authenticate(headers.get("authorization"))
+        check_scope(key, method, path)
+        return key
+
+    async def caller(
+        self, key: KeyView, body: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> Caller:
+        """The person that a request is for."""
+        if key.grant is not None:
+            return Caller(key, key.grant.person_id)
+        end_user = end_user_of(key, body, headers, self.settings.gateway.user_headers)
+        return Caller(key, await self.person_id(key.user, end_user))
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that nobody waits for; its failure is logged."""
+        task = asyncio.ensure_future(_logged(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+async def _logged(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except Exception:
+        logger.exception("Background work failed", extra={"action": "background_failed"})
+
+
+def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Gateway:
+    """Wire a gateway; nothing runs before `running`."""
+    store = AdapterStore(settings.adapters_dir)
+    engine = settings.engine
+
+    def addresses() -> Iterable[EngineAddress]:
+        if not engine.urls:
+            return managed_address(settings.run_dir)
+        key = engine.api_key.get_secret_value() if engine.api_key else None
+        return [
+            EngineAddress(f"engine-{i}", url.rstrip("/"), key) for i, url in enumerate(engine.urls)
+        ]
+
+    def path(content_hash: str) -> str:
+        try:
+            store.verify(content_hash)
+        except AdapterRefused as error:
+            raise OSError(error.message) from None
+        if engine.adapters_path is not None:
+            return f"{engine.adapters_path.rstrip('/')}/{content_hash}"
+        return str(store.path(content_hash).resolve())
+
+    def reference(adapter_id: str) -> Mapping[str, Any]:
+        with database.read() as session:
+            adapter = session.get(Adapter, adapter_id)
+            if adapter is None or adapter.probe is None:
+                raise OSError(f"adapter {adapter_id} has no reference figures")
+            return adapter.probe
+
+    def roles() -> list[ReleaseView]:
+        return [r for d in directory.snapshot.deployments.values() for r in d.roles()]
+
+    fleet = Fleet(
+        base_name=base.name,
+        capacity=min(engine.max_loras, engine.max_cpu_loras or engine.max_loras),
+        addresses=addresses,
+        connect=VllmEngine,
+        reference=reference,
+        path=path,
+        required=lambda: [d.production for d in directory.snapshot.deployments.values()],
+        wanted=roles,
+        traits={
+            "base_revision": base.revision,
+            "dtype": engine.dtype,
+            "quantization": engine.args.get("quantization"),
+        },
+    )
+
+    @asynccontextmanager
+    async def before_flip(snapshot: Snapshot) -> AsyncIterator[None]:
+        """Another gateway has moved a release: have it here too before requests go to it."""
+        with contextlib.ExitStack() as stack:
+            for deployment in snapshot.deployments.values():
+                release = deployment.production
+                if fleet.is_ready() and not fleet.serves(release):
+                    stack.enter_context(fleet.keep(release))
+                    try:
+                        await fleet.prepare(release)
+                    except AppError as error:
+                        logger.warning(
+                            "Production is not ready here",
+                            extra={"action": "flip_unready", "reason": error.message},
+                        )
+            yield
+
+    directory = Directory(database, base.name, before_flip)
+    recorder = Recorder(database, settings.data / "dead-letters.jsonl")
+    limits = LimitBook(Limits(**settings.limits.model_dump()))
+    return Gateway(settings, base, database, recorder, directory, fleet, store, limits)
+
+
+@asynccontextmanager
+async def running(gateway: Gateway) -> AsyncIterator[None]:
+    """The gateway's life: the writer, the directory, the engines; all of it ended in order.
+
+    Whoever starts it holds `sole_gateway`.
+    """
+    await asyncio.to_thread(_interrupt_leftovers, gateway.database)
+    gateway.recorder.start()
+    try:
+        await gateway.directory.refresh()
+        interval = gateway.settings.gateway.refresh_seconds
+        tasks = [
+            asyncio.create_task(gateway.directory.follow(interval)),
+            asyncio.create_task(gateway.fleet.follow(interval)),
+        ]
+        try:
+            yield
+        finally:
+            tasks += gateway._background
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await gateway.fleet.close()
+    finally:
+        await asyncio.to_thread(gateway.recorder.stop)
+
+
+def _interrupt_leftovers(database: Database) -> None:
+    if not database.is_sqlite:
+        return  # other gateways may be answering; theirs are not ours to end
+    with database.write() as session:
+        left = interrupt_started(session)
+    if left:
+        logger.warning(
+            "Answers of a stopped gateway ended",
+            extra={"action": "leftovers_ended", "answers": left},
+        )
+
+
+@contextlib.contextmanager
+def sole_gateway(database: Database) -> Iterator[None]:
+    """One gateway per SQLite file, by a lock that the kernel gives back however the process ends.
+
+    Raises DatabaseUnfit for a second.
+    """
+    if not database.is_sqlite or not database.url.database:
+        yield
+        return
+    lock = Path(database.url.database).with_suffix(".gateway.lock")
+    with lock.open("a+", encoding="utf-8") as file:
+        _lock(file, lock)
+        yield
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise DatabaseUnfit(
+            f"another gateway (process {file.read().strip() or 'unknown'}) uses this SQLite file "
+            f"(lock {path.name}); stop it first, or use PostgreSQL for several gateways"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()

@@ -1,0 +1,174 @@
+"""Requests that may be sent again: `Idempotency-Key`.
+
+Owns: the rows of `idempotent_requests`, and the rules. The first request with a key runs and leaves
+its reply; the same request again gets that reply; another request under the key is refused. Only
+replies of success are kept, for a day: what failed may be tried again. A request whose gateway
+died leaves a row that still says `running`; its next copy takes over when it has shown no sign of
+life for a minute. Does not own: how a reply is caught (`endpoints/bodies.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from feedback.db import new_id, now
+from feedback.errors import BadRequest
+from server.errors import StillRunning
+from server.tables import IdempotentRequest
+
+HEADER = "idempotency-key"
+REPLAYED_HEADER = "idempotent-replayed"
+
+KEPT = timedelta(hours=24)
+STALLED = timedelta(seconds=60)
+BEAT_SECONDS = 15.0
+
+_MOST_REMOVED = 500  #: in one transaction
+_ROUTES = frozenset({"/v1/feedback", "/v1/comparisons", "/v1/fine_tuning/jobs"})
+_SHOWN_ONCE = ("key", "token")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A request under its key, as one gateway runs it."""
+
+    caller: str
+    key: str
+    route: str
+    body_sha256: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the first request was answered with."""
+
+    status: int
+    body: Any
+
+
+def takes_key(method: str, path: str) -> bool:
+    """Whether requests of a route (`path` its template) may be repeated under a key."""
+    return method in ("POST", "PATCH", "DELETE") and (
+        path.startswith("/admin/") or (method == "POST" and path in _ROUTES)
+    )
+
+
+def build_attempt(caller: str, key: str, method: str, path: str, body: bytes) -> Attempt:
+    """Raises BadRequest for a key that is none; `path` is the request's own."""
+    if not (1 <= len(key) <= 255 and key.isascii() and key.isprintable()):
+        raise BadRequest(
+            "an Idempotency-Key has 1 to 255 printable ASCII characters", param="Idempotency-Key"
+        )
+    return Attempt(
+        caller=caller,
+        key=key,
+        route=f"{method} {path}",
+        body_sha256=hashlib.sha256(body).hexdigest(),
+        owner=new_id(""),
+    )
+
+
+def begin(session: Session, attempt: Attempt, *, at: datetime | None = None) -> Reply | None:
+    """Take the key; None when the request is now the caller's to run, else what to answer.
+
+    Raises BadRequest for another request under the key, StillRunning.
+    """
+    at = at or now()
+    _remove_old(session, at)
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    made = session.execute(
+        insert(IdempotentRequest)
+        .values(
+            caller=attempt.caller,
+            key=attempt.key,
+            route=attempt.route,
+            body_sha256=attempt.body_sha256,
+            owner=attempt.owner,
+            status=None,
+            reply=None,
+            beat_at=at,
+            created_at=at,
+        )
+        .on_conflict_do_nothing(index_elements=["caller", "key"])
+        .returning(IdempotentRequest.owner)
+    )
+    if made.first() is not None:
+        return None
+    row = session.scalars(
+        select(IdempotentRequest)
+        .where(IdempotentRequest.caller == attempt.caller, IdempotentRequest.key == attempt.key)
+        .with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise StillRunning("the first request with this Idempotency-Key just failed; try again")
+    is_old = row.created_at <= at - KEPT
+    if not is_old and (row.route, row.body_sha256) != (attempt.route, attempt.body_sha256):
+        raise BadRequest(
+            f"the Idempotency-Key {attempt.key[:80]!r} was used for another request; give each "
+            "its own",
+            param="Idempotency-Key",
+            code="idempotency_mismatch",
+        )
+    if not is_old and row.status is not None:
+        return Reply(row.status, row.reply)
+    if not is_old and row.beat_at > at - STALLED:
+        raise StillRunning("the first request with this Idempotency-Key is still running")
+    row.route, row.body_sha256, row.owner = attempt.route, attempt.body_sha256, attempt.owner
+    row.status, row.reply, row.beat_at = None, None, at
+    row.created_at = at if is_old else row.created_at
+    return None
+
+
+def beat(session: Session, attempt: Attempt) -> None:
+    """Say that the request is still being run."""
+    session.execute(update(IdempotentRequest).where(*_own(attempt)).values(beat_at=now()))
+
+
+def keep(session: Session, attempt: Attempt, reply: Reply) -> None:
+    """Leave the reply for the next copies. What is shown once (a new key) is left out of it."""
+    body = reply.body
+    if isinstance(body, dict):
+        body = {**body, **{name: None for name in _SHOWN_ONCE if name in body}}
+    session.execute(
+        update(IdempotentRequest).where(*_own(attempt)).values(status=reply.status, reply=body)
+    )
+
+
+def give_up(session: Session, attempt: Attempt) -> None:
+    """The request failed: its next copy runs anew."""
+    session.execute(delete(IdempotentRequest).where(*_own(attempt)))
+
+
+def _own(attempt: Attempt) -> tuple[Any, ...]:
+    return (
+        IdempotentRequest.caller == attempt.caller,
+        IdempotentRequest.key == attempt.key,
+        IdempotentRequest.owner == attempt.owner,
+        IdempotentRequest.status.is_(None),
+    )
+
+
+def _remove_old(session: Session, at: datetime) -> None:
+    """Remove rows that are older than a day, the oldest first."""
+    # PostgreSQL: rows that another request holds are left to the next one.
+    old = (
+        select(IdempotentRequest.caller, IdempotentRequest.key)
+        .where(IdempotentRequest.created_at <= at - KEPT)
+        .order_by(IdempotentRequest.created_at)
+        .limit(_MOST_REMOVED)
+        .with_for_update(skip_locked=True)
+    )
+    for caller, key in session.execute(old).all():
+        session.execute(
+            delete(IdempotentRequest).where(
+                IdempotentRequest.caller == caller, IdempotentRequest.key == key
+            )
+        )

@@ -1,0 +1,242 @@
+"""The gateway's figures in Prometheus' text format, version 0.0.4.
+
+Owns: their names, the counters that the hot path bumps, the text. All come from memory: they are
+there when the database is not. No label names a person or repeats what was said, and a counter
+keeps `MOST_SERIES` combinations of labels: what comes after them counts as `other`. The format is a
+few lines of text, so no client library and none of its global registries.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.engines.fleet import EngineStatus
+
+if TYPE_CHECKING:
+    from server.gateway import Gateway
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MOST_SERIES = 200
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_OVERHEAD_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_OTHER = "other"
+
+Sample = tuple[Mapping[str, str], float]
+
+
+class Counter:
+    """Grows; one figure for each combination of labels. Any thread may add."""
+
+    def __init__(self, *labels: str) -> None:
+        self._labels = labels
+        self._figures: dict[tuple[str, ...], int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, *values: str, amount: int = 1) -> None:
+        with self._lock:
+            if values not in self._figures and len(self._figures) >= MOST_SERIES:
+                values = (_OTHER,) * len(values)
+            self._figures[values] = self._figures.get(values, 0) + amount
+
+    def samples(self) -> list[Sample]:
+        with self._lock:
+            figures = sorted(self._figures.items())
+        return [(dict(zip(self._labels, values, strict=True)), n) for values, n in figures]
+
+
+class Histogram:
+    """How often a figure fell below each bound. The event loop alone observes."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Figures:
+    """What the hot path counts."""
+
+    def __init__(self) -> None:
+        self.requests = Counter("route", "status")
+        self.prompt_tokens = Counter("release", "arm")
+        self.completion_tokens = Counter("release", "arm")
+        self.judgements = Counter("kind", "source")
+        self.not_recorded = Counter()
+        self.duration = {kind: Histogram(_SECONDS) for kind in ("plain", "streamed")}
+        self.first_token = Histogram(_SECONDS)
+        self.overhead = Histogram(_OVERHEAD_SECONDS)
+
+
+class CountRequests:
+    """Counts replies by the template of their route; pure ASGI."""
+
+    def __init__(self, app: ASGIApp, figures: Figures) -> None:
+        self._app = app
+        self._requests = figures.requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # None before a route was found: an unknown path, or a limit that was reached
+                path = getattr(scope.get("route"), "path", _OTHER)
+                self._requests.add(path, str(message["status"]))
+            await send(message)
+
+        await self._app(scope, receive, count if scope["type"] == "http" else send)
+
+
+def build_metrics(gateway: Gateway) -> str:
+    """All figures of this gateway at this moment. Called in its event loop."""
+    return "".join(line + "\n" for line in _lines(gateway))
+
+
+def _lines(gateway: Gateway) -> Iterator[str]:
+    yield from _traffic_lines(gateway.figures)
+    recorder, fleet, snapshot = gateway.recorder, gateway.fleet, gateway.directory.snapshot
+    members = list(fleet.members.values())
+    yield from _family(
+        "burnish_recorder_rows_committed_total",
+        "counter",
+        "Rows of answers (one for the start, one for the end) that were committed.",
+        [({}, recorder.committed)],
+    )
+    yield from _family(
+        "burnish_recorder_rows_lost_total",
+        "counter",
+        "Ends of answers that went to the dead-letter file.",
+        [({}, recorder.lost)],
+    )
+    yield from _family(
+        "burnish_recorder_queue_rows", "gauge", "Rows that wait.", [({}, recorder.depth)]
+    )
+    yield from _family(
+        "burnish_engines",
+        "gauge",
+        "Engines by state.",
+        [
+            ({"state": str(state)}, sum(member.status is state for member in members))
+            for state in EngineStatus
+        ],
+    )
+    yield from _family(
+        "burnish_engine_running_requests",
+        "gauge",
+        "Requests that run on an engine.",
+        [({"engine": member.id}, sum(member.running.values())) for member in members],
+    )
+    yield from _family(
+        "burnish_engine_adapters",
+        "gauge",
+        "Adapters that an engine holds.",
+        [({"engine": member.id}, len(member.loaded)) for member in members],
+    )
+    yield from _family(
+        "burnish_adapter_slots",
+        "gauge",
+        "Adapters that an engine may hold.",
+        [({}, fleet.capacity)],
+    )
+    yield from _family(
+        "burnish_integrity_errors_total",
+        "counter",
+        "Answers of an engine under another name than it was asked for.",
+        [({}, fleet.integrity_errors)],
+    )
+    yield from _family(
+        "burnish_deployment_generation",
+        "gauge",
+        "Moves of a deployment, and the release that is production.",
+        [
+            ({"deployment": view.name, "production": view.production.name}, view.generation)
+            for view in snapshot.deployments.values()
+        ],
+    )
+    yield from _family(
+        "burnish_gateway_stopping",
+        "gauge",
+        "1 while the gateway shuts down.",
+        [({}, int(gateway.stopping))],
+    )
+
+
+def _traffic_lines(figures: Figures) -> Iterator[str]:
+    yield from _family(
+        "burnish_requests_total",
+        "counter",
+        "Replies by route and HTTP status.",
+        figures.requests.samples(),
+    )
+    yield from _histogram(
+        "burnish_request_duration_seconds",
+        "From a request's body to the end of its answer, chat and text completions.",
+        {f'kind="{kind}"': histogram for kind, histogram in figures.duration.items()},
+    )
+    yield from _histogram(
+        "burnish_time_to_first_token_seconds",
+        "From a request's body to the first token of its stream.",
+        {"": figures.first_token},
+    )
+    yield from _histogram(
+        "burnish_gateway_overhead_seconds",
+        "The part of a completed answer's duration in which no engine worked on it.",
+        {"": figures.overhead},
+    )
+    yield from _family(
+        "burnish_prompt_tokens_total",
+        "counter",
+        "Prompt tokens of completed answers.",
+        figures.prompt_tokens.samples(),
+    )
+    yield from _family(
+        "burnish_completion_tokens_total",
+        "counter",
+        "Completion tokens of completed answers.",
+        figures.completion_tokens.samples(),
+    )
+    yield from _family(
+        "burnish_judgements_total",
+        "counter",
+        "Judgements by kind and source.",
+        figures.judgements.samples(),
+    )
+    yield from _family(
+        "burnish_not_recorded_total",
+        "counter",
+        "Requests refused and answers withheld because their row was not committed in time.",
+        figures.not_recorded.samples() or [({}, 0)],
+    )
+
+
+def _family(
+    name: str, kind: Literal["counter", "gauge"], meaning: str, samples: Iterable[Sample]
+) -> Iterator[str]:
+    yield f"# HELP {name} {meaning}"
+    yield f"# TYPE {name} {kind}"
+    for labels, value in samples:
+        inner = ",".join(f'{key}="{text.translate(_ESCAPES)}"' for key, text in labels.items())
+        yield f"{name}{{{inner}}} {value}" if inner else f"{name} {value}"
+
+
+def _histogram(name: str, meaning: str, series: Mapping[str, Histogram]) -> Iterator[str]:
+    """`series` by their labels as they are written; bounds are cumulative and end with +Inf."""
+    yield f"# HELP {name} {meaning}"
+    yield f"# TYPE {name} histogram"
+    for labels, histogram in series.items():
+        below, before = 0, f"{labels}," if labels else ""
+        for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
+            below += count
+            yield f'{name}_bucket{{{before}le="{bound}"}} {below}'
+        after = f"{{{labels}}}" if labels else ""
+        yield f"{name}_sum{after} {histogram.total}"
+        yield f"{name}_count{after} {below}"

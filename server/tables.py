@@ -1,0 +1,55 @@
+"""Tables of the gateway: keys, its secrets, and requests that may be repeated."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.orm import Mapped, mapped_column
+
+from feedback.db import Base, CanonicalJson, UtcDateTime, now
+
+
+class Key(Base):
+    """An API key. Only a hash of it is kept."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  #: key_…
+    sha256: Mapped[str] = mapped_column(unique=True)
+    user: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str | None]
+    scopes: Mapped[list[str]] = mapped_column(CanonicalJson)
+    deployments: Mapped[list[str] | None] = mapped_column(CanonicalJson)  #: None: all
+    end_users: Mapped[bool] = mapped_column(default=False)
+    #: of `limits.Limits`, where they differ from the settings; a null in it lifts a limit
+    limits: Mapped[dict[str, int | None] | None] = mapped_column(CanonicalJson)
+    created_by: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class Secret(Base):
+    """What the gateways sign with. A deleted one is made anew; nothing signed with it holds."""
+
+    __tablename__ = "secrets"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+
+
+class IdempotentRequest(Base):
+    """A request that came with an `Idempotency-Key`: its body's hash, and its reply."""
+
+    __tablename__ = "idempotent_requests"
+
+    caller: Mapped[str] = mapped_column(primary_key=True)  #: key id, of a token also its answer
+    key: Mapped[str] = mapped_column(primary_key=True)  #: the header's value
+    route: Mapped[str]  #: method and path
+    body_sha256: Mapped[str]
+    owner: Mapped[str]  #: whoever runs it: a request that was taken over writes no reply
+    status: Mapped[int | None]  #: None: still running
+    reply: Mapped[Any | None] = mapped_column(CanonicalJson)
+    beat_at: Mapped[datetime] = mapped_column(UtcDateTime)  #: last sign of life while it runs
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, index=True)

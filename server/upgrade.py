@@ -1,0 +1,158 @@
+"""`burnish db upgrade`: schema, keys and the first deployment, made where they are missing.
+
+Owns: what must be in a database before a gateway starts, and `DATA/credentials` for the command
+line. Every step looks first, so running it again changes nothing. Does not own: the tables' history
+(`migrations/`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+
+from feedback import audit
+from feedback.db import Database
+from server.auth import Scope, create_key, hash_key
+from server.children import write_private_json
+from server.feedback_tokens import find_or_create_secret
+from server.settings import Settings
+from server.tables import Key
+from tuner.base_models import BaseModel
+from tuner.releases import create_deployment, get_release, list_deployments
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+DEFAULT_ALIASES = ("gpt-4o-mini",)
+ADMIN_USER = "admin"
+WORKER_USER = "burnish-worker"
+_LOCK = 0x6275726E  # one upgrade at a time on PostgreSQL
+
+
+class UpgradeError(Exception):
+    """The database belongs to something else than these settings say;
+
+    the message says what to do.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Upgraded:
+    """What was made: None and False where it was there before."""
+
+    admin_key: str | None = None
+    deployment: str | None = None
+
+
+def upgrade(settings: Settings, database: Database, base: BaseModel, *, url: str) -> Upgraded:
+    """Bring schema, keys and the first deployment to what a gateway needs; `url` is its address.
+
+    Raises UpgradeError where a deployment stands on another base than the engine serves.
+    """
+    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    migrate(database)
+    with database.write() as session:
+        if not database.is_sqlite:
+            session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        deployment = _first_deployment(session, settings, base)
+        _internal_key(session, settings)
+        find_or_create_secret(session)
+        admin_key = _first_admin_key(session, settings)
+        if admin_key is not None:
+            # Before the commit: a key that stands nowhere could never be used.
+            write_private_json(settings.data / "credentials", {"url": url, "api_key": admin_key})
+    return Upgraded(admin_key=admin_key, deployment=deployment)
+
+
+def migrate(database: Database, revision: str = "head") -> None:
+    """Run the migrations that are missing, in one transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with database.write() as session:
+        config.attributes["connection"] = session.connection()
+        command.upgrade(config, revision)
+
+
+def recover_admin_key(settings: Settings, database: Database, *, url: str) -> str:
+    """A new admin key, for whoever lost theirs and may read the data directory."""
+    with database.write() as session:
+        key, token = create_key(session, user=ADMIN_USER, scopes=[Scope.ADMIN], name="recovered")
+        audit.append(session, actor="local", action="key_recovered", subject=key.id)
+        write_private_json(settings.data / "credentials", {"url": url, "api_key": token})
+    return token
+
+
+def _first_deployment(session: Session, settings: Settings, base: BaseModel) -> str | None:
+    existing = list_deployments(session)
+    for deployment in existing:
+        origin = get_release(session, f"{deployment.name}@0")
+        if (origin.base_model, origin.base_revision) != (base.name, base.revision):
+            raise UpgradeError(
+                f"deployment {deployment.name!r} stands on {origin.base_model!r} "
+                f"({origin.base_revision[:19]}), but the model here is {base.name!r} "
+                f"({base.revision[:19]}): start with that model, or with another DATA"
+            )
+    if existing:
+        return None
+    create_deployment(
+        session,
+        name=settings.deployment,
+        base_model=base.name,
+        base_revision=base.revision,
+        template_hash=base.template_hash,
+        aliases=DEFAULT_ALIASES,
+        created_by="local",
+    )
+    audit.append(session, actor="local", action="deployment_created", subject=settings.deployment)
+    return settings.deployment
+
+
+def _internal_key(session: Session, settings: Settings) -> None:
+    """The worker's key: given by the settings, else in `DATA/run/internal.key`."""
+    if settings.worker.api_key is not None:
+        token: str | None = settings.worker.api_key.get_secret_value()
+    else:
+        token = read_internal_key(settings)
+    if token is not None:
+        known = select(Key.id).where(Key.sha256 == hash_key(token), Key.revoked_at.is_(None))
+        if session.scalar(known) is not None:
+            return
+    _, made = create_key(session, user=WORKER_USER, scopes=[Scope.INTERNAL], token=token)
+    if settings.worker.api_key is None:
+        _write_private(settings.run_dir / "internal.key", made + "\n")
+
+
+def read_internal_key(settings: Settings) -> str | None:
+    """What `DATA/run/internal.key` holds, or None."""
+    try:
+        return (settings.run_dir / "internal.key").read_text(encoding="ascii").strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _first_admin_key(session: Session, settings: Settings) -> str | None:
+    keys = session.scalars(select(Key).where(Key.revoked_at.is_(None)))
+    if any(Scope.ADMIN in key.scopes for key in keys):
+        return None
+    if session.scalar(select(func.count()).select_from(Key).where(Key.user == ADMIN_USER)):
+        return None  # revoked by somebody; `burnish keys recover` makes another
+    given = settings.bootstrap_key
+    key, token = create_key(
+        session,
+        user=ADMIN_USER,
+        scopes=[Scope.ADMIN],
+        name="first",
+        token=None if given is None else given.get_secret_value(),
+    )
+    audit.append(session, actor="local", action="key_created", subject=key.id)
+    return token
+
+
+def _write_private(path: Path, content: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(content)

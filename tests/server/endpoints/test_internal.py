@@ -1,0 +1,132 @@
+"""The worker's way to the engines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from feedback.tables import Answer
+from server.endpoints.bodies import WORKER_BODY_BYTES
+from server.endpoints.internal import until_end_of_turn
+from server.engines.fake import BASE, FakeEngine, Faults, fake_logprobs, fake_tokens
+from tests.gateway_fixtures import RunningGateway
+from tuner import releases
+from tuner.client import GatewayClient, Score
+
+PROMPT = [{"role": "user", "content": "hi"}]
+ANSWER = {"role": "assistant", "content": "hello"}
+EOS = 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([5, 6, 2, 10], [5, 6, 2]),  # the template's line feed goes
+        ([5, 2, 6, 2], [5, 2, 6, 2]),
+        ([5, 6], [5, 6, 2]),  # a template without one
+        ([], [2]),
+    ],
+)
+def test_a_completion_ends_with_its_end_token(tokens: list[int], expected: list[int]) -> None:
+    assert until_end_of_turn(tokens, (EOS, 3)) == expected
+
+
+def test_scores_are_those_of_the_completion_s_tokens_under_the_release_s_weights(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    candidate = sqlite_gateway.candidate(1)
+    prompt = fake_tokens(PROMPT)
+    whole = [*fake_tokens([*PROMPT, ANSWER], add_generation_prompt=False), EOS]
+
+    def expected(signature: str) -> float:
+        return sum(fake_logprobs(signature, whole)[len(prompt) - 1 :])
+
+    with GatewayClient(sqlite_gateway.url, sqlite_gateway.worker_key) as client:
+        slot = client.take_evaluation_slot(candidate.name)
+        with client.keep_evaluation_slot(slot) as check:
+            scores = [
+                client.score(name, [(PROMPT, ANSWER)])[0] for name in (candidate.name, "tiny")
+            ]
+            written = client.generate(candidate.name, PROMPT, max_tokens=8)
+            check()
+    for score, signature in zip(scores, (candidate.signature, BASE), strict=True):
+        assert isinstance(score, Score)
+        assert score.prompt_tokens == len(prompt)
+        assert score.completion_tokens == len(whole) - len(prompt)
+        assert score.logprob == pytest.approx(expected(signature))
+    assert written.text.startswith(candidate.signature)
+    with sqlite_gateway.database.read() as session:
+        rows = session.query(Answer).all()
+    assert [(row.kind, row.trainable) for row in rows] == [("internal", False)]
+
+
+def test_what_the_template_renders_otherwise_together_is_not_scored(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+) -> None:
+    client = sqlite_gateway.client(sqlite_gateway.worker_key)
+    odd = {"prompt": PROMPT, "completion": [{"role": "user", "content": "not an answer"}]}
+    good = {"prompt": PROMPT, "completion": [ANSWER]}
+    body = {"model": "tiny", "items": [odd, good]}
+    items = client.post("/internal/score", json=body).json()["items"]
+    assert items[0] == {"error": "template_mismatch"}
+    assert items[1]["completion_tokens"] > 0
+
+
+def test_the_slot_is_one_release_s_until_it_is_given_back(sqlite_gateway: RunningGateway) -> None:
+    client = sqlite_gateway.client(sqlite_gateway.worker_key)
+    first, second = sqlite_gateway.candidate(1), sqlite_gateway.candidate(2)
+    pinned = sqlite_gateway.candidate(3)
+
+    def hold(name: str) -> Any:
+        return client.post("/internal/evaluation-slot", json={"release": name})
+
+    person = sqlite_gateway.client(sqlite_gateway.key("anna"))
+    chat = {"model": pinned.name, "messages": PROMPT}
+    assert person.post("/v1/chat/completions", json=chat).status_code == 200
+    token = hold(first.name).json()["token"]
+    assert {first.name, pinned.name} <= sqlite_gateway.gateway.directory.snapshot.served.keys()
+    taken = hold(second.name)
+    assert (taken.status_code, taken.json()["error"]["code"]) == (503, "evaluation_slot_taken")
+    assert client.post(f"/internal/evaluation-slot/{token}/beat").status_code == 200
+    assert client.delete(f"/internal/evaluation-slot/{token}").json()["released"] is True
+    assert hold(second.name).status_code == 201
+    assert client.post(f"/internal/evaluation-slot/{token}/beat").status_code == 409
+
+
+def test_a_release_that_does_not_load_or_was_put_away_gets_no_slot(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+) -> None:
+    client = sqlite_gateway.client(sqlite_gateway.worker_key)
+    broken, discarded = sqlite_gateway.candidate(1), sqlite_gateway.candidate(2)
+    with sqlite_gateway.database.write() as session:
+        releases.discard(session, discarded.name)
+    gateway_engine.faults = Faults(load_does_nothing=True)
+    for name, status, code in (
+        (broken.name, 409, "not_active"),
+        (discarded.name, 409, "release_discarded"),
+        ("assistant@99", 404, "not_found"),
+    ):
+        reply = client.post("/internal/evaluation-slot", json={"release": name})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+
+
+def test_nobody_but_the_worker_comes_in(sqlite_gateway: RunningGateway) -> None:
+    body = {"release": "assistant@0"}
+    assert sqlite_gateway.client().post("/internal/evaluation-slot", json=body).status_code == 403
+
+
+def test_the_worker_s_bodies_are_bounded_and_checked_too(sqlite_gateway: RunningGateway) -> None:
+    worker = sqlite_gateway.client(sqlite_gateway.worker_key)
+    headers = {"content-type": "application/json"}
+    large = b'{"model": "' + b"x" * WORKER_BODY_BYTES + b'"}'
+    too_large = worker.post("/internal/score", content=large, headers=headers)
+    unknown = worker.post("/internal/evaluation-slot", json={"release": "assistant@0", "more": 1})
+    assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "too_large")
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "more")
+
+    items = [{"prompt": PROMPT, "completion": [ANSWER]}]
+    content = json.dumps({"model": "tiny", "items": items}).encode()
+    content += b" " * 2 * 1024 * 1024  # more than callers may send
+    assert worker.post("/internal/score", content=content, headers=headers).status_code == 200

@@ -1,0 +1,45 @@
+"""Jobs through the API."""
+
+from __future__ import annotations
+
+from tests.gateway_fixtures import RunningGateway
+from tests.rows import add_deployment
+from tuner import jobs
+from tuner.tables import JobKind
+
+
+def test_jobs_are_listed_by_kind_status_and_deployment(running_gateway: RunningGateway) -> None:
+    database = running_gateway.database
+    add_deployment(database, "poet")
+    with database.write() as session:
+        freeze = jobs.create_job(session, JobKind.FREEZE, spec={}, deployment="assistant").id
+        tune = jobs.create_job(session, JobKind.TUNE, spec={}, deployment="poet").id
+        erase = jobs.create_job(session, JobKind.ERASE, spec={}).id
+    with database.write() as session:
+        assert jobs.claim_job(session, "worker", kinds=[JobKind.FREEZE]) is not None
+    everybody = running_gateway.client()
+    limited = running_gateway.client(running_gateway.key("tu", "tune", deployments=["poet"]))
+
+    def listed(client: object = everybody, **params: str) -> list[str]:
+        assert hasattr(client, "get")
+        return [row["id"] for row in client.get("/admin/jobs", params=params).json()["data"]]
+
+    assert listed() == [erase, tune, freeze]
+    assert listed(kind="freeze") == listed(status="running") == [freeze]
+    assert listed(deployment="poet") == listed(limited) == [tune]
+    assert listed(after=tune) == [freeze]
+    assert everybody.get("/admin/jobs", params={"kind": "bake"}).status_code == 400
+    assert limited.get(f"/admin/jobs/{erase}").status_code == 404
+    assert limited.get("/admin/jobs", params={"deployment": "assistant"}).status_code == 404
+
+
+def test_a_failed_job_says_why(sqlite_gateway: RunningGateway) -> None:
+    with sqlite_gateway.database.write() as session:
+        made = jobs.create_job(session, JobKind.FREEZE, spec={"n": 1}, deployment="assistant")
+        job = jobs.claim_job(session, "worker", kinds=[JobKind.FREEZE])
+        assert job is not None
+        jobs.fail(session, job, "disk_full", "no space left")
+    shown = sqlite_gateway.client().get(f"/admin/jobs/{made.id}").json()
+    assert (shown["status"], shown["spec"], shown["result"]) == ("failed", {"n": 1}, {})
+    assert shown["error"] == {"code": "disk_full", "message": "no space left"}
+    assert shown["finished_at"] >= shown["started_at"] >= shown["created_at"]

@@ -1,0 +1,167 @@
+"""What `burnish db upgrade` leaves: the schema of the models, keys, the first deployment."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import select
+
+from feedback import audit
+from feedback.db import Base, Database
+from server.auth import Scope, hash_key, load_keyring, revoke_key
+from server.settings import Settings, WorkerSettings
+from server.tables import Key
+from server.upgrade import (
+    UpgradeError,
+    migrate,
+    read_internal_key,
+    recover_admin_key,
+    upgrade,
+)
+from tests.gateway_fixtures import BASE
+from tuner.releases import get_release, list_aliases, list_deployments
+
+URL = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def empty(database: Database) -> Database:
+    """A database without any table."""
+    Base.metadata.drop_all(database.engine)
+    return database
+
+
+def _settings(folder: Path, **more: Any) -> Settings:
+    return Settings(data=folder / "data", **more)
+
+
+def _rows(database: Database) -> dict[str, list[str]]:
+    with database.read() as session:
+        return {
+            table.name: sorted(map(repr, session.execute(select(table))))
+            for table in Base.metadata.sorted_tables
+        }
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_migrations_make_exactly_the_schema_of_the_models(empty: Database) -> None:
+    migrate(empty)
+    with empty.engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": True}
+        )
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_a_first_upgrade_makes_what_a_gateway_needs(empty: Database, tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    made = upgrade(settings, empty, BASE, url=URL)
+
+    assert made.deployment == "assistant"
+    assert made.admin_key is not None
+    with empty.read() as session:
+        assert [row.name for row in list_deployments(session)] == ["assistant"]
+        assert list_aliases(session, "assistant") == ["gpt-4o-mini"]
+        origin = get_release(session, "assistant@0")
+        assert (origin.base_model, origin.base_revision) == (BASE.name, BASE.revision)
+        assert origin.template_hash == BASE.template_hash
+        keyring = load_keyring(session)
+        assert keyring.authenticate(f"Bearer {made.admin_key}").scopes == {Scope.ADMIN}
+        internal = keyring.authenticate(f"Bearer {read_internal_key(settings)}")
+        assert internal.scopes == {Scope.INTERNAL}
+        assert audit.verify(session) == 2
+    assert _mode(settings.run_dir / "internal.key") == 0o600
+    assert _mode(settings.data / "credentials") == 0o600
+    assert _mode(settings.run_dir) == 0o700
+    written = json.loads((settings.data / "credentials").read_text())
+    assert written == {"url": URL, "api_key": made.admin_key}
+
+
+def test_a_second_upgrade_changes_nothing(empty: Database, tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    upgrade(settings, empty, BASE, url=URL)
+    rows = _rows(empty)
+    files = [(settings.data / name).read_bytes() for name in ("credentials", "run/internal.key")]
+
+    made = upgrade(settings, empty, BASE, url=URL)
+
+    assert (made.admin_key, made.deployment) == (None, None)
+    assert _rows(empty) == rows
+    assert files == [
+        (settings.data / name).read_bytes() for name in ("credentials", "run/internal.key")
+    ]
+
+
+@pytest.fixture
+def empty_sqlite(sqlite_database: Database) -> Database:
+    """An SQLite database without any table."""
+    Base.metadata.drop_all(sqlite_database.engine)
+    return sqlite_database
+
+
+def test_the_first_keys_may_be_given(empty_sqlite: Database, tmp_path: Path) -> None:
+    settings = _settings(
+        tmp_path,
+        bootstrap_key="sk-mine",
+        deployment="helper",
+        worker=WorkerSettings(api_key="sk-worker"),
+    )
+    made = upgrade(settings, empty_sqlite, BASE, url=URL)
+    assert (made.admin_key, made.deployment) == ("sk-mine", "helper")
+    with empty_sqlite.read() as session:
+        hashes = {row.sha256: row.scopes for row in session.scalars(select(Key))}
+    assert hashes == {hash_key("sk-mine"): ["admin"], hash_key("sk-worker"): ["internal"]}
+    assert read_internal_key(settings) is None
+
+
+def test_a_lost_internal_key_is_made_again(empty_sqlite: Database, tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    upgrade(settings, empty_sqlite, BASE, url=URL)
+    lost = read_internal_key(settings)
+    (settings.run_dir / "internal.key").unlink()
+
+    upgrade(settings, empty_sqlite, BASE, url=URL)
+
+    found = read_internal_key(settings)
+    assert found not in (None, lost)
+    with empty_sqlite.read() as session:
+        assert load_keyring(session).authenticate(f"Bearer {found}").scopes == {Scope.INTERNAL}
+
+
+def test_another_base_than_the_deployments_is_refused_and_changes_nothing(
+    empty_sqlite: Database, tmp_path: Path
+) -> None:
+    settings = _settings(tmp_path)
+    upgrade(settings, empty_sqlite, BASE, url=URL)
+    rows = _rows(empty_sqlite)
+    for other in (replace(BASE, name="small"), replace(BASE, revision="sha256-other")):
+        with pytest.raises(UpgradeError, match="'assistant' stands on 'tiny'"):
+            upgrade(settings, empty_sqlite, other, url=URL)
+    assert _rows(empty_sqlite) == rows
+
+
+def test_a_revoked_first_key_does_not_come_back_but_is_recovered(
+    empty_sqlite: Database, tmp_path: Path
+) -> None:
+    settings = _settings(tmp_path)
+    upgrade(settings, empty_sqlite, BASE, url=URL)
+    with empty_sqlite.write() as session:
+        first = session.scalars(select(Key).where(Key.name == "first")).one()
+        revoke_key(session, first.id)
+
+    assert upgrade(settings, empty_sqlite, BASE, url=URL).admin_key is None
+    token = recover_admin_key(settings, empty_sqlite, url=URL)
+
+    with empty_sqlite.read() as session:
+        assert load_keyring(session).authenticate(f"Bearer {token}").scopes == {Scope.ADMIN}
+    assert json.loads((settings.data / "credentials").read_text())["api_key"] == token

@@ -1,0 +1,382 @@
+"""Which fields of a request pass, which are named as ignored, which are refused."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feedback.answers import OURS
+from feedback.errors import BadRequest, TooLarge
+from server.settings import TASK_PROMPTS, EngineSettings
+from server.wire import (
+    MAX_DEPTH,
+    MAX_PARTS,
+    REFUSED,
+    Parsed,
+    check_tools,
+    engine_body,
+    is_task,
+    parse_body,
+    parse_chat,
+    parse_text,
+    with_system_prompt,
+)
+
+HI = [{"role": "user", "content": "hi"}]
+KWARGS = frozenset({"enable_thinking"})
+
+
+def parse(strict: bool = False, **fields: Any) -> Parsed:
+    body = {"model": "assistant", "messages": HI, **fields}
+    return parse_chat(body, max_choices=8, strict=strict)
+
+
+def sent(parsed: Parsed, sampling: dict[str, Any] | None = None) -> dict[str, Any]:
+    return engine_body(
+        parsed,
+        engine_name="assistant-1-0000",
+        messages=parsed.messages,
+        sampling=sampling or {},
+        template_kwargs=KWARGS,
+    )
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"null",
+        b'{"a":NaN}',
+        b'{"a":Infinity}',
+        b'{"a":1e999}',
+        b'{"a":' + b"1" * 5000 + b"}",
+        b'{"a":"\\ud800"}',
+        b'{"a":"\xff"}',
+        b'{"a":1,"a":2}',
+        b'{"a":[{"b":1,"b":1}]}',
+        b'{"a":' + b"[" * 100_000,
+        b'{"a":1} x',
+    ],
+)
+def test_a_body_that_is_no_plain_json_object_is_refused(raw: bytes) -> None:
+    with pytest.raises(BadRequest):
+        parse_body(raw, max_bytes=1024 * 1024)
+
+
+def test_a_body_that_is_too_long_is_413() -> None:
+    with pytest.raises(TooLarge):
+        parse_body(b" " * 1025, max_bytes=1024)
+
+
+FORWARDED = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 40,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 1,
+    "frequency_penalty": -1,
+    "n": 2,
+    "max_tokens": 5,
+    "max_completion_tokens": 5,
+    "min_tokens": 1,
+    "stop": ["a", "b"],
+    "stop_token_ids": [1],
+    "seed": 3,
+    "logit_bias": {"5": -100},
+    "logprobs": True,
+    "top_logprobs": 2,
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "parallel_tool_calls": False,
+    "response_format": {"type": "json_object"},
+    "reasoning_effort": "low",
+    "stream": True,
+}
+
+
+def test_forwarded_fields_reach_the_engine_as_they_were_sent() -> None:
+    body = sent(parse(**FORWARDED))
+    assert {name: body[name] for name in FORWARDED} == FORWARDED
+    assert body["model"] == "assistant-1-0000"
+    assert parse(**FORWARDED).ignored == ()
+
+
+def test_our_own_fields_stay_here_and_are_not_called_ignored() -> None:
+    ours = {"user": "u", "safety_identifier": "s", "store": False, "metadata": {"a": "b"}}
+    parsed = parse(**ours)
+    assert parsed.ignored == ()
+    assert not ours.keys() & sent(parsed).keys()
+
+
+def test_unknown_fields_are_named_and_go_nowhere() -> None:
+    parsed = parse(service_tier="flex", prompt_logprobs=1, guided_json={}, add_generation_prompt=0)
+    assert parsed.ignored == (
+        "add_generation_prompt",
+        "guided_json",
+        "prompt_logprobs",
+        "service_tier",
+    )
+    assert sent(parsed).keys() == {"model", "messages"}
+    with pytest.raises(BadRequest, match="service_tier"):
+        parse(strict=True, service_tier="flex")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_could_change_template_or_weights_is_refused_by_name(name: str) -> None:
+    with pytest.raises(BadRequest, match=name) as refused:
+        parse(**{name: "x"})
+    assert refused.value.param == name
+    with pytest.raises(BadRequest, match=name):
+        parse(chat_template_kwargs={name: "x"})
+    with pytest.raises(BadRequest, match=name):
+        parse_text({"model": "m", "prompt": "p", name: "x"}, max_choices=1, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", ""),
+        ("model", "m" * 257),
+        ("model", 5),
+        ("messages", []),
+        ("messages", "hi"),
+        ("messages", ["hi"]),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "0.5"),
+        ("top_p", 0),
+        ("top_k", -2),
+        ("n", 0),
+        ("n", 9),
+        ("n", True),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("seed", 2**63),
+        ("stop", ["x"] * 17),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("metadata", {"k": 5}),
+        ("metadata", {"k": "a\x00b"}),
+        ("metadata", {"a\x00b": "v"}),
+        ("metadata", {"k": "v" * 513}),
+        ("metadata", {str(i): "v" for i in range(17)}),
+        ("user", "u" * 257),
+        ("store", 1),
+        ("tools", {}),
+        ("tool_choice", "always"),
+        ("logprobs", 1),
+        ("top_logprobs", 21),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_and_its_field_named(name: str, value: Any) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse(**{name: value})
+    assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "hi"},
+        {"role": "robot", "content": "hi"},
+        {"role": ["user"], "content": "hi"},
+        {"role": "user"},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": ["hi"]},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": [{"type": ["text"], "text": "hi"}]},
+        {"role": "user", "content": [{"type": "refusal", "refusal": None}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y"}}]},
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
+        {"role": "assistant", "tool_calls": ["f"]},
+        {"role": "assistant", "tool_calls": 5},
+        {"role": "assistant", "tool_calls": [{"function": None}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+    ],
+)
+def test_a_message_that_is_none_is_refused_by_its_place(message: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse(messages=[*HI, message])
+    assert refused.value.param == "messages[1]"
+
+
+def test_only_the_template_arguments_that_a_deployment_lists_pass() -> None:
+    parsed = parse(chat_template_kwargs={"enable_thinking": False, "other": 1})
+    assert sent(parsed)["chat_template_kwargs"] == {"enable_thinking": False}
+    nested = parse(chat_template_kwargs={"enable_thinking": {"a": 1}})
+    assert "chat_template_kwargs" not in sent(nested)
+
+
+def test_a_release_s_sampling_stands_below_the_caller_s() -> None:
+    sampling = {"temperature": 0.2, "max_tokens": 100}
+    assert sent(parse(), sampling)["temperature"] == 0.2
+    assert sent(parse(temperature=1), sampling)["temperature"] == 1
+    assert sent(parse(temperature=None), sampling)["temperature"] == 0.2
+    body = sent(parse(max_completion_tokens=5), sampling)
+    assert body["max_completion_tokens"] == 5
+    assert "max_tokens" not in body
+
+
+def test_usage_is_always_asked_of_a_stream_and_shown_on_request() -> None:
+    plain, asked = parse(stream=True), parse(stream=True, stream_options={"include_usage": True})
+    assert sent(plain)["stream_options"] == sent(asked)["stream_options"] == {"include_usage": True}
+    assert (plain.include_usage, asked.include_usage) == (False, True)
+
+
+def test_a_text_completion_cannot_bring_messages_along() -> None:
+    body = {"model": "m", "prompt": "once", "messages": HI, "max_tokens": 3}
+    parsed = parse_text(body, max_choices=1, strict=False)
+    assert parsed.ignored == ("messages",)
+    assert sent(parsed) == {"model": "assistant-1-0000", "prompt": "once", "max_tokens": 3}
+
+
+def test_the_system_prompt_gives_way_or_goes_before() -> None:
+    theirs = [{"role": "system", "content": "be brief"}, *HI]
+    assert with_system_prompt(HI, None, prepend=True) == HI
+    assert with_system_prompt(HI, "ours", prepend=False) == [
+        {"role": "system", "content": "ours", OURS: True},
+        *HI,
+    ]
+    assert with_system_prompt(theirs, "ours", prepend=False) == theirs
+    joined = with_system_prompt(theirs, "ours", prepend=True)
+    assert joined[0] == {"role": "system", "content": "ours\n\nbe brief", OURS: True}
+
+
+def test_the_mark_of_our_messages_comes_from_nobody_else_and_is_never_sent() -> None:
+    parsed = parse(messages=[{"role": "user", "content": "hi", OURS: True}])
+    assert OURS not in parsed.messages[0]
+    marked = with_system_prompt(parsed.messages, "ours", prepend=False)
+    body = engine_body(
+        parsed, engine_name="e", messages=marked, sampling={}, template_kwargs=KWARGS
+    )
+    assert all(OURS not in message for message in body["messages"])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*FORWARDED, "messages", "metadata", "chat_template_kwargs", "x"]),
+        json_values,
+        max_size=4,
+    )
+)
+def test_any_json_is_either_refused_or_can_be_sent_on(fields: dict[str, Any]) -> None:
+    raw = json.dumps({"model": "m", "messages": HI, **fields}).encode()
+    with suppress(BadRequest):
+        parsed = parse_chat(parse_body(raw, max_bytes=2**20), max_choices=8, strict=False)
+        assert json.loads(json.dumps(sent(parsed), allow_nan=False))["model"] == "assistant-1-0000"
+
+
+@given(
+    st.recursive(
+        st.text() | st.integers(-(2**63), 2**64 - 1) | st.floats(-1e300, 1e300),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+)
+def test_whatever_is_sound_is_read_as_it_is(value: Any) -> None:
+    raw = json.dumps({"a": value}).encode()
+    if b"u0000" in raw:
+        return
+    assert parse_body(raw, max_bytes=2**20) == {"a": value}
+
+
+@pytest.mark.parametrize(
+    ("value", "sound"),
+    [
+        ("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1), True),
+        ("[" * MAX_DEPTH + "]" * MAX_DEPTH, False),
+        (json.dumps("[" * 99), True),
+        (json.dumps('\\" [' * 99), True),
+        (str(2**64 - 1), True),
+        (str(2**64), False),
+        (str(-(2**63)), True),
+        (str(-(2**63) - 1), False),
+        (json.dumps(str(2**70)), True),
+        ("0.12345678901234567890123", True),
+        ("1e-00000000000000000000001", True),
+        (json.dumps("a\\u0000"), True),
+        ("[" + "1," * MAX_PARTS + "1]", False),
+        (json.dumps("," * MAX_PARTS), True),
+    ],
+)
+def test_what_a_body_may_hold_is_bounded(value: str, sound: bool) -> None:
+    raw = b'{"a": ' + value.encode() + b"}"
+    if sound:
+        assert parse_body(raw, max_bytes=2**20) == {"a": json.loads(value)}
+    else:
+        with pytest.raises(BadRequest):
+            parse_body(raw, max_bytes=2**20)
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+TITLE = "### Task:\nGenerate a concise title summarizing the chat history.\n### Guidelines: …"
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_one"),
+    [
+        (user(TITLE), True),
+        (user([{"type": "text", "text": TITLE}]), True),
+        ([{"role": "system", "content": "Be brief."}, *user(TITLE)], True),
+        (user("### Task:\nSuggest 3-5 relevant follow-up questions"), True),
+        (user("### Task:\nRespond to the user query using the provided context"), False),
+        (user("What does ### Task:\nGenerate mean?"), False),
+        ([*user("hi"), {"role": "assistant", "content": "Hello"}, *user(TITLE)], False),
+    ],
+)
+def test_a_front_end_s_own_call_is_known_by_its_prompt(
+    messages: list[dict[str, Any]], is_one: bool
+) -> None:
+    assert is_task(parse(messages=messages), TASK_PROMPTS) is is_one
+    assert not is_task(parse(messages=messages), ())
+
+
+def test_a_front_end_may_say_that_a_call_is_its_own() -> None:
+    assert is_task(parse(metadata={"task": "title_generation"}), ())
+
+
+def test_tools_without_a_parser_are_refused_by_the_settings_that_are_missing() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for asked in ({"tools": tools}, {"tools": tools, "tool_choice": "auto"}):
+        with pytest.raises(BadRequest, match="enable-auto-tool-choice") as refused:
+            check_tools(parse(**asked), False)
+        assert refused.value.param == "tool_choice"
+        for parses in (True, None):
+            check_tools(parse(**asked), parses)
+    for asked in ({}, {"tools": tools, "tool_choice": "none"}, {"tools": []}):
+        check_tools(parse(**asked), False)
+
+
+@pytest.mark.parametrize(
+    ("engine", "parses"),
+    [
+        (EngineSettings(), False),
+        (EngineSettings(args={"enable-auto-tool-choice": True}), False),
+        (EngineSettings(args={"enable_auto_tool_choice": True, "tool-call-parser": "h"}), True),
+        (EngineSettings(args={"enable-auto-tool-choice": False, "tool-call-parser": "h"}), False),
+        (EngineSettings(urls=["http://127.0.0.1:1"]), None),
+    ],
+)
+def test_what_is_known_of_the_engine_s_tool_parser(
+    engine: EngineSettings, parses: bool | None
+) -> None:
+    assert engine.parses_tools is parses
