@@ -1,0 +1,22 @@
+"""The command line: `burnish …`.
+
+Owns: the commands, what they print, their exit codes. Local commands (`local.py`) work on the data
+directory; all others (`remote.py`) go through the API like any other client. Imports are made
+inside the commands, so that `burnish serve` stays a small process without a web framework or a
+database.
+
+Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 no connection, or not ready.
+"""
+
+from __future__ import annotations
+
+from server.cli import local, remote
+from server.cli.app import app
+
+
+def main() -> None:
+    """Run the command of the arguments."""
+    app()
+
+
+__all__ = ["app", "local", "main", "remote"]

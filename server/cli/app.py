@@ -1,0 +1,103 @@
+"""The Typer application and what every command shares: settings, output, failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from server.cli.api import Api, ApiError, NoConnection, connect
+
+REFUSED = 1
+UNREACHABLE = 3
+
+app = typer.Typer(
+    name="burnish",
+    help="Serve a chat model, record what people think of its answers, retune, promote.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False)
+
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Directory of everything that Burnish writes.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def fail(message: str, code: int = REFUSED) -> NoReturn:
+    """Say why on standard error, and end."""
+    sys.stderr.write(f"burnish: {message}\n")
+    raise typer.Exit(code)
+
+
+@contextmanager
+def api() -> Iterator[Api]:
+    """A connection to the gateway; errors end the command with one line."""
+    try:
+        with connect() as connection:
+            yield connection
+    except ApiError as error:
+        fail(error.message, UNREACHABLE if error.status == 503 else REFUSED)
+    except NoConnection as error:
+        fail(str(error), UNREACHABLE)
+
+
+def show_json(value: Any) -> None:
+    """JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
+    """Some columns of some rows; `empty` where there are none."""
+    if not rows:
+        console.print(empty)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    console.print(table)
+
+
+def show_facts(value: Any, indent: int = 0) -> None:
+    """A nested object as indented lines."""
+    space = "  " * indent
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if isinstance(inner, Mapping | list) and inner:
+                console.print(f"{space}{key.replace('_', ' ')}:", markup=False, soft_wrap=True)
+                show_facts(inner, indent + 1)
+            else:
+                console.print(
+                    f"{space}{key.replace('_', ' ')}: {_text(inner)}", markup=False, soft_wrap=True
+                )
+    elif isinstance(value, list):
+        for inner in value:
+            if isinstance(inner, Mapping):
+                console.print(f"{space}-", markup=False, soft_wrap=True)
+                show_facts(inner, indent + 1)
+            else:
+                console.print(f"{space}- {_text(inner)}", markup=False, soft_wrap=True)
+
+
+def _text(value: Any) -> str:
+    if value is None or value == [] or value == {}:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,191 @@
+"""Commands that work on this machine: serve, gateway, worker, db, doctor, keys recover."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.cli.app import REFUSED, AsJson, Data, app, console, fail, show_json
+from server.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from server.upgrade import Upgraded
+
+db = typer.Typer(help="The database.", no_args_is_help=True)
+app.add_typer(db, name="db")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="Directory of a chat model, or a hub's ORG/NAME.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    data: Data = None,
+) -> None:
+    """Serve: engine, gateway and worker, each kept alive, until Ctrl-C."""
+    from server import supervisor
+
+    settings = load_settings(
+        host=host, port=port, data=data, model=None if model is None else {"path": model}
+    )
+    os.umask(0o077)  # for the children too: what people said is for this user alone
+    first = not (settings.data / "credentials").exists()
+    supervisor.say("preparing; the first answer takes one to two minutes")
+
+    def on_ready() -> None:
+        sys.stdout.write(_welcome(settings, supervisor.local_url(settings), first))
+        sys.stdout.flush()
+
+    raise typer.Exit(supervisor.run(settings, on_ready))
+
+
+def _welcome(settings: Settings, url: str, first: bool) -> str:
+    """Where to chat, with which key, and three lines to try."""
+    from server.cli.api import read_credentials
+
+    credentials = settings.data / "credentials"
+    key = read_credentials(settings.data).get("api_key", "sk-…")
+    question = '{"messages": [{"role": "user", "content": "Hello!"}], "model": "%s"}'
+    elsewhere = "" if settings.data == Path("data") else f"BURNISH_DATA={settings.data} "
+    return f"""
+Burnish is ready.
+
+  chat in the browser   {url}/
+  OpenAI API            {url}/v1   (model {settings.deployment!r})
+  admin key             {key if first else f"in {credentials}, as before"}
+
+Three lines to try:
+
+  export KEY={key if first else "sk-…"}
+  curl {url}/v1/chat/completions -H "Authorization: Bearer $KEY" \\
+       -H "Content-Type: application/json" -d '{question % settings.deployment}'
+  {elsewhere}.venv/bin/burnish demo
+
+Ctrl-C ends everything.
+"""
+
+
+@app.command()
+def gateway(host: str | None = None, port: int | None = None, data: Data = None) -> None:
+    """Run a gateway alone; its engine is found in DATA/run, or named by engine.urls."""
+    from feedback.db import DatabaseUnfit
+    from server.app import serve as serve_gateway
+    from server.logs import configure_logging
+    from tuner.base_models import BaseModelError
+
+    settings = load_settings(host=host, port=port, data=data)
+    configure_logging(settings.log_level)
+    try:
+        raise typer.Exit(serve_gateway(settings))
+    except (DatabaseUnfit, BaseModelError) as error:
+        fail(str(error))
+
+
+@app.command()
+def worker(data: Data = None) -> None:
+    """Run a worker alone: data sets, tuning, evaluations."""
+    from server.logs import configure_logging
+    from server.supervisor import local_url
+    from server.upgrade import read_internal_key
+    from tuner.worker import WorkerOptions, run_worker
+
+    settings = load_settings(data=data)
+    configure_logging(settings.log_level)
+    given = settings.worker.api_key
+    key = given.get_secret_value() if given is not None else read_internal_key(settings)
+    if key is None:
+        fail(
+            "no internal key: run `burnish db upgrade`, which writes "
+            f"{settings.run_dir / 'internal.key'}, or set worker.api_key"
+        )
+    cpus = len(os.sched_getaffinity(0))
+    options = WorkerOptions(
+        database_url=settings.database_url,
+        data=settings.data,
+        model_dir=settings.model_dir,
+        base_name=settings.base_name,
+        gateway_url=settings.worker.gateway_url or local_url(settings),
+        api_key=key,
+        model_revision=settings.model.revision,
+        max_lora_rank=settings.engine.max_lora_rank,
+        training_threads=settings.worker.training_threads or cpus,
+        lease_seconds=settings.worker.lease_seconds,
+        poll_seconds=settings.worker.poll_seconds,
+        max_attempts=settings.worker.max_attempts,
+    )
+    run_worker(options)
+
+
+@db.command()
+def upgrade(
+    data: Data = None,
+    print_key: Annotated[bool, typer.Option(help="Print the first admin key.")] = True,
+) -> None:
+    """Bring the schema up to date; make keys and the first deployment where they are missing."""
+    from feedback.db import Database, DatabaseUnfit
+    from server.app import read_base
+    from server.supervisor import local_url
+    from server.upgrade import UpgradeError
+    from server.upgrade import upgrade as run_upgrade
+    from tuner.base_models import BaseModelError
+
+    settings = load_settings(data=data)
+    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        database = Database(settings.database_url)
+        done = run_upgrade(settings, database, read_base(settings), url=local_url(settings))
+        database.dispose()
+    except (UpgradeError, DatabaseUnfit, BaseModelError) as error:
+        fail(str(error))
+    _tell(done, settings, print_key)
+
+
+def _tell(done: Upgraded, settings: Settings, print_key: bool) -> None:
+    if done.deployment is not None:
+        console.print(f"made the deployment {done.deployment!r}", markup=False)
+    if done.admin_key is not None:
+        where = f"also in {settings.data / 'credentials'}"
+        shown = f": {done.admin_key} ({where})" if print_key else f" ({where})"
+        console.print(f"made the first admin key{shown}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(data: Data = None, as_json: AsJson = False) -> None:
+    """Look at everything that Burnish needs, and say what is wrong and what to do."""
+    from dataclasses import asdict
+
+    from server.doctor import Verdict, diagnose
+
+    findings = diagnose(load_settings(data=data))
+    if as_json:
+        show_json([asdict(finding) for finding in findings])
+    else:
+        marks = {Verdict.OK: "ok     ", Verdict.WARNING: "warning", Verdict.PROBLEM: "PROBLEM"}
+        for finding in findings:
+            line = f"{marks[finding.verdict]}  {finding.topic}: {finding.found}"
+            console.print(line, markup=False, soft_wrap=True)
+            if finding.advice:
+                console.print(f"         → {finding.advice}", markup=False, soft_wrap=True)
+    if any(finding.verdict is Verdict.PROBLEM for finding in findings):
+        raise typer.Exit(REFUSED)
+
+
+def recover_key(data: Data = None) -> None:
+    """Make a new admin key, for whoever lost theirs and may write the data directory."""
+    from feedback.db import Database
+    from server.supervisor import local_url
+    from server.upgrade import recover_admin_key
+
+    settings = load_settings(data=data)
+    database: Any = Database(settings.database_url)
+    token = recover_admin_key(settings, database, url=local_url(settings))
+    database.dispose()
+    console.print(
+        f"{token} (also in {settings.data / 'credentials'})", markup=False, soft_wrap=True
+    )

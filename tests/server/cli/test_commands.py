@@ -1,0 +1,159 @@
+"""The command line against a gateway: what it finds, prints and ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from server.cli.app import app
+from server.settings import load_settings
+from tests.gateway_fixtures import RunningGateway
+
+
+def burnish(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture
+def at_gateway(sqlite_gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> RunningGateway:
+    """The environment of somebody who has the administrator's key."""
+    monkeypatch.setenv("BURNISH_URL", sqlite_gateway.url)
+    monkeypatch.setenv("BURNISH_API_KEY", sqlite_gateway.admin_key)
+    return sqlite_gateway
+
+
+def test_the_lists_are_tables_or_json(at_gateway: RunningGateway) -> None:
+    assert "assistant@0" in burnish("deployments").stdout
+    found = json.loads(burnish("releases", "--json").stdout)
+    assert [release["name"] for release in found] == ["assistant@0"]
+    assert "no data sets" in burnish("datasets").stdout
+
+
+def test_credentials_stand_in_for_the_environment(
+    sqlite_gateway: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "credentials").write_text(
+        json.dumps({"url": sqlite_gateway.url, "api_key": sqlite_gateway.admin_key})
+    )
+    monkeypatch.setenv("BURNISH_DATA", str(tmp_path))
+    assert burnish("deployments", "show", "assistant").exit_code == 0
+
+
+def test_no_key_and_no_gateway_end_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BURNISH_DATA", str(tmp_path))
+    missing = burnish("releases")
+    assert (missing.exit_code, "no key: set BURNISH_API_KEY" in missing.stderr) == (3, True)
+    monkeypatch.setenv("BURNISH_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("BURNISH_API_KEY", "sk-any")
+    away = burnish("releases")
+    assert (away.exit_code, "no gateway answers at http://127.0.0.1:9" in away.stderr) == (3, True)
+
+
+def test_a_refusal_ends_with_1_and_the_gateways_words(at_gateway: RunningGateway) -> None:
+    refused = burnish("promote", "assistant@9")
+    assert refused.exit_code == 1
+    assert "no release 'assistant@9'" in refused.stderr
+    nothing = burnish("rollback")
+    assert nothing.exit_code == 1
+    assert "has no previous release" in nothing.stderr
+
+
+def test_something_that_is_no_release_is_wrong_usage(at_gateway: RunningGateway) -> None:
+    wrong = burnish("promote", "assistant")
+    assert (wrong.exit_code, "give one like assistant@3" in wrong.stderr) == (2, True)
+
+
+def test_a_key_is_shown_once_and_works_until_it_is_revoked(
+    at_gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = json.loads(burnish("keys", "create", "anna", "--scope", "curate", "--json").stdout)
+    assert made["key"] not in burnish("keys", "--json").stdout
+    with monkeypatch.context() as context:
+        context.setenv("BURNISH_API_KEY", made["key"])
+        assert burnish("releases").exit_code == 0
+        assert burnish("keys").exit_code == 1
+    assert burnish("keys", "revoke", made["id"]).exit_code == 0
+    monkeypatch.setenv("BURNISH_API_KEY", made["key"])
+    assert "unknown or was revoked" in burnish("releases").stderr
+
+
+def test_a_new_system_prompt_is_a_candidate_and_answers_nobody_yet(
+    at_gateway: RunningGateway,
+) -> None:
+    changed = burnish("deployments", "set", "assistant", "--system-prompt", "Be brief.", "--json")
+    assert json.loads(changed.stdout)["candidate"] == "assistant@1"
+    shown = json.loads(burnish("deployments", "show", "assistant", "--json").stdout)
+    assert (shown["production"], shown["system_prompt"]) == ("assistant@0", None)
+    assert burnish("promote", "assistant@1").exit_code == 1  # not evaluated
+    moved = burnish("promote", "assistant@1", "--force", "--note", "a prompt, no weights")
+    assert "production assistant@1, previous assistant@0" in moved.stdout
+    assert "production assistant@0" in burnish("rollback").stdout
+
+
+def test_an_answer_explains_itself(at_gateway: RunningGateway) -> None:
+    body = {"model": "assistant", "messages": [{"role": "user", "content": "A secret?"}]}
+    answer = at_gateway.client().post("/v1/chat/completions", json=body).json()
+    explained = burnish("explain", answer["id"])
+    assert "assistant@0" in explained.stdout
+    assert "secret" not in explained.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("BURNISH_PROT", "1", "unknown setting BURNISH_PROT"),
+        ("BURNISH_ENGINE__MAX_LORRAS", "4", "unknown setting BURNISH_ENGINE__MAX_LORRAS"),
+        ("BURNISH_PORT", "none", "setting 'port'"),
+    ],
+)
+def test_a_wrong_setting_in_the_environment_is_named(
+    variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit, match=said):
+        load_settings()
+
+
+def test_flags_come_before_the_environment_and_that_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "burnish.toml"
+    file.write_text("port = 1001\nhost = '0.0.0.0'\n[engine.args]\nmax-num-seqs = 3\n")
+    monkeypatch.setenv("BURNISH_CONFIG", str(file))
+    monkeypatch.setenv("BURNISH_PORT", "1002")
+    settings = load_settings(data=tmp_path, model={"path": "/models/other"})
+    assert (settings.host, settings.port, settings.data) == ("0.0.0.0", 1002, tmp_path)
+    assert load_settings(port=1003).port == 1003
+    assert settings.engine.args == {"max-num-seqs": 3}
+    file.write_text("prot = 1\n")
+    with pytest.raises(SystemExit, match="unknown setting 'prot'"):
+        load_settings()
+
+
+def test_doctor_ends_with_1_where_something_will_not_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNISH_ENGINE__MAX_LORA_RANK", "17")
+    found = burnish("doctor", "--data", str(tmp_path), "--json")
+    problems = {f["topic"] for f in json.loads(found.stdout) if f["verdict"] == "problem"}
+    assert (found.exit_code, "engine" in problems) == (1, True)
+
+
+def test_credentials_are_for_this_user_alone(tmp_path: Path) -> None:
+    from server.children import write_private_json
+
+    write_private_json(tmp_path / "credentials", {"api_key": "x"})
+    assert stat.S_IMODE(os.stat(tmp_path / "credentials").st_mode) == 0o600
+
+
+def test_limits_of_a_key_are_given_one_by_one(at_gateway: RunningGateway) -> None:
+    given = ("--limit", "requests-per-minute=60", "--limit", "tokens_per_minute=none", "--json")
+    made = json.loads(burnish("keys", "create", "bot", *given).stdout)
+    assert made["limits"] == {"requests_per_minute": 60, "tokens_per_minute": None}
+    assert burnish("keys", "create", "bot", "--limit", "requests_per_minute").exit_code == 2
+    assert burnish("keys", "create", "bot", "--limit", "dogs=1").exit_code == 1
