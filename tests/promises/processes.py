@@ -1,0 +1,109 @@
+"""A gateway and an engine as processes of their own, which can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from safetensors.numpy import save_file
+
+from server.engines.process import free_port
+from tuner.base_models import BaseModel, describe_base
+
+START_SECONDS = 60.0
+
+
+@contextmanager
+def engine_process() -> Iterator[str]:
+    """A fake engine in a process; its address."""
+    port = free_port()
+    command = [sys.executable, "-P", "-m", "server.engines.fake", "--port", str(port)]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until(f"{url}/health", process)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def gateway_process(data: Path, model: Path, engine: str, log: Path) -> Iterator[GatewayProcess]:
+    """`burnish gateway` over an engine that runs; killed at the end where it still lives."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "BURNISH_DATA": str(data),
+        "BURNISH_PORT": str(port),
+        "BURNISH_MODEL__PATH": str(model),
+        "BURNISH_ENGINE__URLS": json.dumps([engine]),
+        "BURNISH_GATEWAY__REFRESH_SECONDS": "0.1",
+    }
+    command = [sys.executable, "-P", "-m", "server.cli", "gateway"]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, env=environment, stderr=output, stdout=output, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until(f"{url}/readyz", process)
+        yield GatewayProcess(url, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class GatewayProcess:
+    """A gateway that answers at `url`."""
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes]) -> None:
+        self.url = url
+        self._process = process
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit status."""
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(30)
+
+
+def build_model(folder: Path) -> BaseModel:
+    """A directory that a gateway takes for a chat model; nothing in it is ever run."""
+    folder.mkdir()
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "max_position_embeddings": 8192,
+        "vocab_size": 320,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
+    return describe_base(folder, folder.name)
+
+
+def _wait_until(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Ask until `url` answers 200: another process has no event to wait for."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.02)
+    raise RuntimeError(f"{url} does not answer (exit {process.poll()})")
