@@ -290,7 +290,7 @@ def _counts(dataset: dict[str, Any]) -> str:
 
 def _end_of_tuning(job: dict[str, Any]) -> None:
     if job["status"] != "succeeded":
-        reason = (job.get("error") or {}).get("message") or "it was cancelled"
+        reason = (job.get("error") or {}).get("message") or "see its events"
         fail(f"job {job['id']} is {job['status']}: {reason}")
 
 
@@ -335,6 +335,22 @@ def cancel_job(job_id: str) -> None:
     """Ask a tuning job to end."""
     with api() as connection:
         job = connection.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    console.print(f"{job_id} is {job['status']}", markup=False)
+
+
+@jobs.command("pause")
+def pause_job(job_id: str) -> None:
+    """Stop a tuning job for now; it keeps its checkpoints."""
+    with api() as connection:
+        job = connection.post(f"/v1/fine_tuning/jobs/{job_id}/pause")
+    console.print(f"{job_id} is {job['status']}", markup=False)
+
+
+@jobs.command("resume")
+def resume_job(job_id: str) -> None:
+    """Let a paused tuning job go on from its newest checkpoint."""
+    with api() as connection:
+        job = connection.post(f"/v1/fine_tuning/jobs/{job_id}/resume")
     console.print(f"{job_id} is {job['status']}", markup=False)
 
 

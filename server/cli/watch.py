@@ -13,7 +13,7 @@ from server.cli.app import console
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0  #: how long a gateway may be away while something is followed
-ENDED = ("succeeded", "failed", "cancelled")
+ENDED = ("succeeded", "failed", "cancelled", "paused")  #: nothing more happens by itself
 
 
 def progress_bar() -> Progress:

@@ -157,3 +157,14 @@ def test_limits_of_a_key_are_given_one_by_one(at_gateway: RunningGateway) -> Non
     assert made["limits"] == {"requests_per_minute": 60, "tokens_per_minute": None}
     assert burnish("keys", "create", "bot", "--limit", "requests_per_minute").exit_code == 2
     assert burnish("keys", "create", "bot", "--limit", "dogs=1").exit_code == 1
+
+
+def test_a_tuning_job_is_paused_resumed_and_cancelled(at_gateway: RunningGateway) -> None:
+    upload = {"file": ("rows.jsonl", b'{"prompt": "Hi?", "completion": "Hello."}\n')}
+    client = at_gateway.client()
+    file = client.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()
+    made = burnish("tune", "assistant", "--dataset", file["id"], "--json")
+    job = json.loads(made.stdout)["id"]
+    for command, status in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        assert f"{job} is {status}" in burnish("jobs", command, job).stdout
+    assert burnish("jobs", "watch", job).exit_code == 1
