@@ -2,7 +2,8 @@
 # PYTHON is the Python that looks for the right one: any Python 3 will do.
 PYTHON ?= python3
 RUN := .venv/bin
-FAST := $(RUN)/python -P -m pytest -n 2 -m "not engine and not loop and not promises"
+PYTEST := $(RUN)/python -P -m pytest
+FAST := $(PYTEST) -n 4 -m "not engine and not loop and not promises" --ignore=tests/tuner/training
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test test-fast promises lint bench clean env env-dev
@@ -17,17 +18,18 @@ serve: env  ## serve: MODEL=<directory or name> HOST=127.0.0.1 PORT=8000 DATA=./
 demo: env  ## the whole loop in one command: chat, judge, tune, promote (about 15 minutes)
 	@exec $(RUN)/burnish demo
 
-test: env-dev  ## all tests: fast, promises in small, engine (real vLLM), loop (real model)
+test: env-dev  ## all: fast, training, promises in small, engine (real vLLM), loop (real model)
 	$(FAST)
-	$(RUN)/python -P -m pytest -n 2 -m "promises and not engine"
-	$(RUN)/python -P -m pytest -m "engine"
-	$(RUN)/python -P -m pytest -m "loop"
+	$(PYTEST) -n 2 -m "not promises" tests/tuner/training
+	$(PYTEST) -n 2 -m "promises and not engine"
+	$(PYTEST) -m "engine"
+	$(PYTEST) -m "loop"
 
-test-fast: env-dev  ## the fast layer alone: no vLLM, no training of a real model
+test-fast: env-dev  ## the fast layer alone: no vLLM, no torch
 	$(FAST)
 
 promises: env-dev  ## every promise with its full number of repetitions (long)
-	BURNISH_PROMISES=full $(RUN)/python -P -m pytest -s -m "promises"
+	BURNISH_PROMISES=full $(PYTEST) -s -m "promises"
 
 lint: env-dev  ## ruff, mypy --strict, import directions
 	$(RUN)/ruff check .

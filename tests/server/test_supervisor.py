@@ -230,6 +230,7 @@ def test_a_state_that_cannot_be_written_ends_nothing(supervise: Callable[..., Ru
     lines = iter(run.process.stdout.readline, "")
     assert any("cannot write" in line for line in lines)
     assert any("engine is running again" in line for line in lines)
+    assert run.end() == 0
     assert list(run.folder.glob(".supervisor.json.*")) == []
 
 

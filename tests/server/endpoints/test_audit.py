@@ -7,12 +7,12 @@ from tests.gateway_fixtures import RunningGateway
 
 
 def test_entries_come_newest_first_with_what_their_hash_covers(
-    running_gateway: RunningGateway,
+    sqlite_gateway: RunningGateway,
 ) -> None:
-    with running_gateway.database.write() as session:
+    with sqlite_gateway.database.write() as session:
         for number in range(3):
             audit.append(session, actor="a", action=f"act_{number % 2}", subject="s", details={})
-    admin = running_gateway.client()
+    admin = sqlite_gateway.client()
 
     first = admin.get("/admin/audit", params={"limit": 2}).json()
     rest = admin.get("/admin/audit", params={"after": first["last_id"]}).json()

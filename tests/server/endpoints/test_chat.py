@@ -66,9 +66,9 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 def test_a_plain_answer_is_the_engine_s_under_the_public_name_and_recorded(
-    running_gateway: RunningGateway,
+    sqlite_gateway: RunningGateway,
 ) -> None:
-    client = running_gateway.client(running_gateway.key("anna"))
+    client = sqlite_gateway.client(sqlite_gateway.key("anna"))
     reply = client.post(CHAT, json=chat(temperature=0.5))
     answer = reply.json()
     assert reply.status_code == 200
@@ -76,12 +76,12 @@ def test_a_plain_answer_is_the_engine_s_under_the_public_name_and_recorded(
     assert answer["choices"][0]["message"]["content"] == fake_answer(BASE, HI)
     assert reply.headers["x-request-id"] == answer["id"].removeprefix("chatcmpl-")
     assert reply.headers["x-content-type-options"] == "nosniff"
-    recorded = row(running_gateway, answer["id"])
+    recorded = row(sqlite_gateway, answer["id"])
     assert recorded.status == AnswerStatus.COMPLETE
     assert (recorded.release, recorded.requested_model) == ("assistant@0", "assistant")
     assert recorded.completion_tokens == answer["usage"]["completion_tokens"]
     assert recorded.sampling == {"temperature": 0.5}
-    said = text(running_gateway, answer["id"])
+    said = text(sqlite_gateway, answer["id"])
     assert said.messages == HI
     assert said.choices is not None
     assert said.choices[0]["message"]["content"] == fake_answer(BASE, HI)
@@ -194,9 +194,9 @@ REFUSALS: list[tuple[bytes, int, str | None, str | None]] = [
 
 
 def test_every_refusal_is_openai_s_envelope(
-    running_gateway: RunningGateway, subtests: pytest.Subtests
+    sqlite_gateway: RunningGateway, subtests: pytest.Subtests
 ) -> None:
-    client = running_gateway.client(running_gateway.key("anna"))
+    client = sqlite_gateway.client(sqlite_gateway.key("anna"))
     for body, status, code, param in REFUSALS:
         with subtests.test(body=body[:60]):
             reply = client.post(CHAT, content=body)
@@ -475,17 +475,17 @@ def test_an_application_s_key_speaks_for_the_person_it_names_and_no_other_key_do
 
 
 def test_turns_find_their_conversation_and_a_regeneration_its_original(
-    running_gateway: RunningGateway,
+    sqlite_gateway: RunningGateway,
 ) -> None:
-    anna = running_gateway.client(running_gateway.key("anna"))
-    bert = running_gateway.client(running_gateway.key("bert"))
+    anna = sqlite_gateway.client(sqlite_gateway.key("anna"))
+    bert = sqlite_gateway.client(sqlite_gateway.key("bert"))
     first = anna.post(CHAT, json=chat()).json()
     again = anna.post(CHAT, json=chat()).json()
     said = first["choices"][0]["message"]["content"]
     turns = [*HI, {"role": "assistant", "content": said}, {"role": "user", "content": "more"}]
     second = anna.post(CHAT, json={"model": "assistant", "messages": turns}).json()
     foreign = bert.post(CHAT, json={"model": "assistant", "messages": turns}).json()
-    rows = [row(running_gateway, answer["id"]) for answer in (first, again, second, foreign)]
+    rows = [row(sqlite_gateway, answer["id"]) for answer in (first, again, second, foreign)]
     assert len({r.conversation_id for r in rows[:3]}) == 1
     assert rows[1].regenerates_id == first["id"]
     assert rows[2].parent_id in (first["id"], again["id"])  # both said the same
@@ -529,31 +529,31 @@ def test_a_person_whose_row_was_erased_elsewhere_is_met_again(
 
 
 def test_open_webui_s_own_calls_are_answered_kept_apart_and_never_learned_from(
-    running_gateway: RunningGateway, gateway_engine: FakeEngine
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
 ) -> None:
-    app = running_gateway.client(running_gateway.key("webui", end_users=True))
+    app = sqlite_gateway.client(sqlite_gateway.key("webui", end_users=True))
     headers = {"X-OpenWebUI-User-Id": "u1", "X-OpenWebUI-Chat-Id": "c1"}
     first = app.post(CHAT, json=chat(), headers=headers).json()
     title = "### Task:\nGenerate a concise title.\n### Chat History:\nhi"
-    with running_gateway.database.read() as session:
+    with sqlite_gateway.database.read() as session:
         conversation = session.get_one(Answer, first["id"]).conversation_id
 
     task = app.post(CHAT, json=chat(title), headers=headers)
-    candidate = running_gateway.candidate(1)
-    running_gateway.promote(candidate.name)
+    candidate = sqlite_gateway.candidate(1)
+    sqlite_gateway.promote(candidate.name)
     app.post(CHAT, json=chat(title + "!"), headers=headers)  # answered by the new release
     history = [*HI, {"role": "assistant", "content": "edited by hand"}]
     more = {**chat(), "messages": [*history, {"role": "user", "content": "and?"}]}
     second = app.post(CHAT, json=more, headers=headers).json()
 
     assert task.status_code == 200
-    own = row(running_gateway, task.json()["id"])
+    own = row(sqlite_gateway, task.json()["id"])
     assert (own.kind, own.trainable) == ("task", False)
     assert own.conversation_id != conversation
     assert second["model"] == first["model"] == "assistant@0"  # the conversation's, not the task's
-    after = row(running_gateway, second["id"])
+    after = row(sqlite_gateway, second["id"])
     assert (after.kind, after.conversation_id) == ("chat", conversation)
-    with running_gateway.database.read() as session:
+    with sqlite_gateway.database.read() as session:
         people = session.execute(select(Person.user, Person.end_user)).all()
     assert ("webui", "u1") in [tuple(person) for person in people]
     rated = {"completion_id": own.id, "kind": "rating", "value": True}

@@ -8,9 +8,9 @@ from tuner import jobs
 from tuner.tables import JobKind
 
 
-def test_an_evaluation_is_queued_against_production(running_gateway: RunningGateway) -> None:
-    name = add_candidate(running_gateway.database)
-    tuner = running_gateway.client(running_gateway.key("tu", "tune", "curate"))
+def test_an_evaluation_is_queued_against_production(sqlite_gateway: RunningGateway) -> None:
+    name = add_candidate(sqlite_gateway.database)
+    tuner = sqlite_gateway.client(sqlite_gateway.key("tu", "tune", "curate"))
 
     asked = tuner.post("/admin/evaluations", json={"release": name})
 
@@ -22,7 +22,7 @@ def test_an_evaluation_is_queued_against_production(running_gateway: RunningGate
         "assistant@0",
         None,
     )
-    with running_gateway.database.read() as session:
+    with sqlite_gateway.database.read() as session:
         assert jobs.get_job(session, shown["job_id"]).kind == JobKind.EVALUATE
     assert tuner.get(f"/admin/evaluations/{shown['id']}").json() == shown
 

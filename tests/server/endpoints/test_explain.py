@@ -6,10 +6,10 @@ from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer, add_candidate
 
 
-def test_a_release_and_an_answer_explain_themselves(running_gateway: RunningGateway) -> None:
-    name = add_candidate(running_gateway.database)
-    answer = add_answer(running_gateway.database, "anna")
-    curator = running_gateway.client(running_gateway.key("cu", "curate"))
+def test_a_release_and_an_answer_explain_themselves(sqlite_gateway: RunningGateway) -> None:
+    name = add_candidate(sqlite_gateway.database)
+    answer = add_answer(sqlite_gateway.database, "anna")
+    curator = sqlite_gateway.client(sqlite_gateway.key("cu", "curate"))
 
     release = curator.get(f"/admin/explain/{name}")
     of_answer = curator.get(f"/admin/explain/{answer}")

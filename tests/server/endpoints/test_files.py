@@ -95,10 +95,10 @@ def _folders(running: RunningGateway) -> list[str]:
     return sorted(folder.name for folder in home.iterdir()) if home.exists() else []
 
 
-def test_the_client_uploads_reads_and_deletes_a_file(running_gateway: RunningGateway) -> None:
-    key = running_gateway.key("tu", "tune")
+def test_the_client_uploads_reads_and_deletes_a_file(sqlite_gateway: RunningGateway) -> None:
+    key = sqlite_gateway.key("tu", "tune")
     sent = _lines(CHAT, CHAT)
-    with _client(running_gateway, key) as client:
+    with _client(sqlite_gateway, key) as client:
         made = client.files.create(file=("birds.jsonl", sent), purpose="fine-tune")
         assert (made.object, made.filename, made.purpose, made.status) == (
             "file",
@@ -114,7 +114,7 @@ def test_the_client_uploads_reads_and_deletes_a_file(running_gateway: RunningGat
         assert [(row["kind"], row["completion"]) for row in rows] == [
             ("supervised", CHAT["messages"][1:])
         ] * 2
-        assert _folders(running_gateway) == [made.id]
+        assert _folders(sqlite_gateway) == [made.id]
 
         gone = client.files.delete(made.id)
         assert (gone.id, gone.object, gone.deleted) == (made.id, "file", True)
@@ -122,8 +122,8 @@ def test_the_client_uploads_reads_and_deletes_a_file(running_gateway: RunningGat
             client.files.retrieve(made.id)
         with pytest.raises(openai.NotFoundError):
             client.files.delete(made.id)
-    assert _folders(running_gateway) == []
-    audit = running_gateway.client().get("/admin/audit", params={"subject": made.id}).json()["data"]
+    assert _folders(sqlite_gateway) == []
+    audit = sqlite_gateway.client().get("/admin/audit", params={"subject": made.id}).json()["data"]
     assert [entry["action"] for entry in audit] == ["file_deleted", "file_created"]
     assert audit[1]["details"]["original_sha256"] == hashlib.sha256(sent).hexdigest()
 
@@ -168,23 +168,23 @@ def test_an_upload_that_cannot_be_trained_on_is_refused_line_by_line(
 
 
 def test_an_upload_is_seen_by_its_person_and_by_an_administrator_of_everything(
-    running_gateway: RunningGateway,
+    sqlite_gateway: RunningGateway,
 ) -> None:
-    with _client(running_gateway, running_gateway.key("tu", "tune")) as client:
+    with _client(sqlite_gateway, sqlite_gateway.key("tu", "tune")) as client:
         made = client.files.create(file=("b", _lines(CHAT)), purpose="fine-tune")
     others = (
-        running_gateway.key("other", "tune", "curate"),
-        running_gateway.key("part", "admin", deployments=["assistant"]),
+        sqlite_gateway.key("other", "tune", "curate"),
+        sqlite_gateway.key("part", "admin", deployments=["assistant"]),
     )
     for key in others:
-        with _client(running_gateway, key) as client:
+        with _client(sqlite_gateway, key) as client:
             assert list(client.files.list()) == []
             for call in (client.files.retrieve, client.files.content, client.files.delete):
                 with pytest.raises(openai.NotFoundError):
                     call(made.id)
             with pytest.raises(openai.NotFoundError):
                 client.fine_tuning.jobs.create(model="assistant", training_file=made.id)
-    with _client(running_gateway) as client:
+    with _client(sqlite_gateway) as client:
         assert [file.id for file in client.files.list()] == [made.id]
         assert client.files.delete(made.id).deleted
 

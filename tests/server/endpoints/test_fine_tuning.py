@@ -19,26 +19,26 @@ from tuner.tables import JobKind
 
 
 @pytest.fixture
-def dataset(running_gateway: RunningGateway) -> Dataset:
+def dataset(sqlite_gateway: RunningGateway) -> Dataset:
     """Eight corrections, frozen."""
-    anna = running_gateway.client(running_gateway.key("anna"))
+    anna = sqlite_gateway.client(sqlite_gateway.key("anna"))
     for number in range(8):
-        answer = add_answer(running_gateway.database, "anna", prompt=f"Which bird is {number}?")
+        answer = add_answer(sqlite_gateway.database, "anna", prompt=f"Which bird is {number}?")
         body = {"completion_id": answer, "kind": "correction", "value": f"Number {number} flies."}
         assert anna.post("/v1/feedback", json=body).status_code == 201
-    return add_dataset(running_gateway.database, running_gateway.gateway.settings.data)
+    return add_dataset(sqlite_gateway.database, sqlite_gateway.gateway.settings.data)
 
 
 @pytest.fixture
-def client(running_gateway: RunningGateway) -> Iterator[openai.OpenAI]:
+def client(sqlite_gateway: RunningGateway) -> Iterator[openai.OpenAI]:
     """OpenAI's client with a key that may tune."""
-    key = running_gateway.key("tu", "tune")
-    with openai.OpenAI(base_url=f"{running_gateway.url}/v1", api_key=key, max_retries=0) as client:
+    key = sqlite_gateway.key("tu", "tune")
+    with openai.OpenAI(base_url=f"{sqlite_gateway.url}/v1", api_key=key, max_retries=0) as client:
         yield client
 
 
 def test_a_job_runs_from_creation_to_a_candidate(
-    running_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
+    sqlite_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
 ) -> None:
     made = client.fine_tuning.jobs.create(
         model="gpt-4o-mini",
@@ -57,7 +57,7 @@ def test_a_job_runs_from_creation_to_a_candidate(
     assert made.method.supervised is not None
     assert (made.fine_tuned_model, made.finished_at, made.trained_tokens) == (None, None, None)
 
-    with running_gateway.database.write() as session:
+    with sqlite_gateway.database.write() as session:
         job = jobs.claim_job(session, "worker", kinds=[JobKind.TUNE])
         assert job is not None
         release = create_release(
@@ -73,14 +73,14 @@ def test_a_job_runs_from_creation_to_a_candidate(
     assert (done.status, done.fine_tuned_model) == ("succeeded", "assistant@1")
     assert (done.trained_tokens, done.error, done.result_files) == (123, None, [])
     assert done.finished_at is not None
-    production = running_gateway.client().get("/admin/deployments/assistant").json()["production"]
+    production = sqlite_gateway.client().get("/admin/deployments/assistant").json()["production"]
     assert production == "assistant@0"
 
 
 def test_one_file_trains_with_the_older_hyperparameters(
-    running_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
+    sqlite_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
 ) -> None:
-    shown = running_gateway.client().get(f"/admin/datasets/{dataset.id}").json()
+    shown = sqlite_gateway.client().get(f"/admin/datasets/{dataset.id}").json()
     made = client.fine_tuning.jobs.create(
         model="assistant",
         training_file=shown["files"]["supervised"],
@@ -93,7 +93,7 @@ def test_one_file_trains_with_the_older_hyperparameters(
 
 
 def test_dpo_shows_its_beta(
-    running_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
+    sqlite_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
 ) -> None:
     made = client.fine_tuning.jobs.create(
         model="assistant",
@@ -107,10 +107,10 @@ def test_dpo_shows_its_beta(
 
 
 def test_a_failed_job_says_why_and_events_come_newest_first(
-    running_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
+    sqlite_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
 ) -> None:
     made = client.fine_tuning.jobs.create(model="assistant", training_file=dataset.id)
-    with running_gateway.database.write() as session:
+    with sqlite_gateway.database.write() as session:
         job = jobs.claim_job(session, "worker", kinds=[JobKind.TUNE])
         assert job is not None
         step = NewEvent("Step 1.", type="metrics", data={"loss": 1.5})
@@ -128,7 +128,7 @@ def test_a_failed_job_says_why_and_events_come_newest_first(
 
 
 def test_jobs_are_listed_and_cancelled(
-    running_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
+    sqlite_gateway: RunningGateway, dataset: Dataset, client: openai.OpenAI
 ) -> None:
     made = [
         client.fine_tuning.jobs.create(model="assistant", training_file=dataset.id).id
@@ -139,14 +139,14 @@ def test_jobs_are_listed_and_cancelled(
     assert client.fine_tuning.jobs.cancel(made[0]).status == "cancelled"
     with pytest.raises(openai.ConflictError):
         client.fine_tuning.jobs.cancel(made[0])
-    audit = running_gateway.client().get("/admin/audit", params={"subject": made[0]}).json()
+    audit = sqlite_gateway.client().get("/admin/audit", params={"subject": made[0]}).json()
     assert [entry["action"] for entry in audit["data"]] == ["job_cancelled", "job_created"]
 
 
 def test_what_cannot_be_trained_is_refused_by_name(
-    running_gateway: RunningGateway, dataset: Dataset
+    sqlite_gateway: RunningGateway, dataset: Dataset
 ) -> None:
-    tuner = running_gateway.client(running_gateway.key("tu", "tune"))
+    tuner = sqlite_gateway.client(sqlite_gateway.key("tu", "tune"))
     refused: list[tuple[dict[str, Any], int, str]] = [
         ({"model": "nobody"}, 404, "model"),
         ({"model": "tiny"}, 404, "model"),
@@ -176,19 +176,19 @@ def test_what_cannot_be_trained_is_refused_by_name(
 
 
 def test_the_key_must_reach_the_data_and_the_deployment(
-    running_gateway: RunningGateway, dataset: Dataset
+    sqlite_gateway: RunningGateway, dataset: Dataset
 ) -> None:
-    add_deployment(running_gateway.database, "poet")
-    poet = running_gateway.client(running_gateway.key("po", "tune", deployments=["poet"]))
+    add_deployment(sqlite_gateway.database, "poet")
+    poet = sqlite_gateway.client(sqlite_gateway.key("po", "tune", deployments=["poet"]))
     for model in ("poet", "assistant"):
         body = {"model": model, "training_file": dataset.id}
         assert poet.post("/v1/fine_tuning/jobs", json=body).status_code == 404
-    with running_gateway.database.read() as session:
+    with sqlite_gateway.database.read() as session:
         assert jobs.list_jobs(session, kind=JobKind.TUNE) == ([], False)
 
 
 def test_a_script_for_openai_uploads_tunes_pauses_and_ends_in_a_candidate(
-    running_gateway: RunningGateway, client: openai.OpenAI
+    sqlite_gateway: RunningGateway, client: openai.OpenAI
 ) -> None:
     row = {
         "messages": [
@@ -209,14 +209,14 @@ def test_a_script_for_openai_uploads_tunes_pauses_and_ends_in_a_candidate(
     assert (made.status, made.training_file) == ("queued", file.id)
 
     assert client.fine_tuning.jobs.pause(made.id).status == "paused"
-    with running_gateway.database.write() as session:
+    with sqlite_gateway.database.write() as session:
         assert jobs.claim_job(session, "worker", kinds=[JobKind.TUNE]) is None
     assert client.fine_tuning.jobs.resume(made.id).status == "queued"
     with pytest.raises(openai.ConflictError) as refused:
         client.fine_tuning.jobs.resume(made.id)
     assert refused.value.code == "job_not_paused"
 
-    with running_gateway.database.write() as session:
+    with sqlite_gateway.database.write() as session:
         job = jobs.claim_job(session, "worker", kinds=[JobKind.TUNE])
         assert job is not None
         assert job.spec["files"] == [file.id]
@@ -227,7 +227,7 @@ def test_a_script_for_openai_uploads_tunes_pauses_and_ends_in_a_candidate(
         ]
         jobs.record_events(session, job, told)
     assert client.fine_tuning.jobs.pause(made.id).status == "running"  # until its worker hears it
-    with running_gateway.database.write() as session:
+    with sqlite_gateway.database.write() as session:
         assert jobs.beat(session, job) == jobs.Request.PAUSE
         deployment = get_deployment(session, "assistant")
         texts: dict[str, Any] = {"system_prompt": None, "sampling": {}}
@@ -250,7 +250,7 @@ def test_a_script_for_openai_uploads_tunes_pauses_and_ends_in_a_candidate(
         "Job paused.",
         "Job created and queued.",
     ]
-    audit = running_gateway.client().get("/admin/audit", params={"subject": made.id}).json()
+    audit = sqlite_gateway.client().get("/admin/audit", params={"subject": made.id}).json()
     assert [entry["action"] for entry in audit["data"]] == [
         "job_paused",
         "job_resumed",
@@ -260,7 +260,7 @@ def test_a_script_for_openai_uploads_tunes_pauses_and_ends_in_a_candidate(
 
 
 def test_an_upload_of_another_kind_than_the_method_learns_from_is_refused(
-    running_gateway: RunningGateway, client: openai.OpenAI
+    sqlite_gateway: RunningGateway, client: openai.OpenAI
 ) -> None:
     row = {"prompt": "Heron?", "completion": "A bird."}
     taught = {

@@ -8,8 +8,8 @@ from tuner import jobs
 from tuner.tables import JobKind
 
 
-def test_jobs_are_listed_by_kind_status_and_deployment(running_gateway: RunningGateway) -> None:
-    database = running_gateway.database
+def test_jobs_are_listed_by_kind_status_and_deployment(sqlite_gateway: RunningGateway) -> None:
+    database = sqlite_gateway.database
     add_deployment(database, "poet")
     with database.write() as session:
         freeze = jobs.create_job(session, JobKind.FREEZE, spec={}, deployment="assistant").id
@@ -17,8 +17,8 @@ def test_jobs_are_listed_by_kind_status_and_deployment(running_gateway: RunningG
         erase = jobs.create_job(session, JobKind.ERASE, spec={}).id
     with database.write() as session:
         assert jobs.claim_job(session, "worker", kinds=[JobKind.FREEZE]) is not None
-    everybody = running_gateway.client()
-    limited = running_gateway.client(running_gateway.key("tu", "tune", deployments=["poet"]))
+    everybody = sqlite_gateway.client()
+    limited = sqlite_gateway.client(sqlite_gateway.key("tu", "tune", deployments=["poet"]))
 
     def listed(client: object = everybody, **params: str) -> list[str]:
         assert hasattr(client, "get")
