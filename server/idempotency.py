@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import Text, delete, select, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -145,6 +145,14 @@ def keep(session: Session, attempt: Attempt, reply: Reply) -> None:
 def give_up(session: Session, attempt: Attempt) -> None:
     """The request failed: its next copy runs anew."""
     session.execute(delete(IdempotentRequest).where(*_own(attempt)))
+
+
+def forget(session: Session, completion_id: str) -> None:
+    """Remove kept replies about an answer that is being deleted: they hold what was said of it."""
+    replies = type_coerce(IdempotentRequest.reply, Text)
+    session.execute(
+        delete(IdempotentRequest).where(replies.contains(completion_id, autoescape=True))
+    )
 
 
 def _own(attempt: Attempt) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from feedback import answers
 from feedback.answers import OURS
 from feedback.errors import BadRequest, NotFound
 from feedback.tables import Answer, AnswerKind, AnswerText
+from server import idempotency
 from server.endpoints.bodies import Body, JsonRoute
 from server.sessions import CallerDep, ReadSession, WriteSession
 from server.wire import Metadata
@@ -70,8 +71,9 @@ def update_stored(
 
 @router.delete("/{completion_id}")
 def delete_stored(completion_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
-    """Delete it, its text and its judgements."""
+    """Delete it, its text, its judgements, and replies about it that are kept for repetitions."""
     answers.delete_answer(session, _get(session, completion_id, caller))
+    idempotency.forget(session, completion_id)
     return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
 

@@ -180,3 +180,19 @@ def test_while_the_first_copy_runs_the_next_is_409(sqlite_gateway: RunningGatewa
     assert replies[0].status_code == 202
     third = post(admin, "/admin/datasets", {**body, "wait_seconds": 2})
     assert third.json() == replies[0].json()
+
+
+def test_a_deleted_answer_takes_kept_replies_about_it_along(
+    running_gateway: RunningGateway,
+) -> None:
+    client = running_gateway.client(running_gateway.key("anna"))
+    body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
+    gone, stays = (client.post("/v1/chat/completions", json=body).json()["id"] for _ in range(2))
+    for number, completion_id in enumerate((gone, stays)):
+        said = {"completion_id": completion_id, "kind": "comment", "value": "my canary"}
+        headers = {"idempotency-key": f"k{number}"}
+        assert client.post("/v1/feedback", json=said, headers=headers).status_code == 201
+    assert client.delete(f"/v1/chat/completions/{gone}").status_code == 200
+    with running_gateway.database.read() as session:
+        kept = [row.reply["completion_id"] for row in session.scalars(select(IdempotentRequest))]
+    assert kept == [stays]
