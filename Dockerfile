@@ -38,10 +38,10 @@ FROM sources AS cuda-environment
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -c "import sys, bootstrap; bootstrap.environment({'gpu', 'postgres'}, sys.executable)"
 
-# vLLM compiles kernels when it starts (g++), and its CPU build links libnuma.
+# vLLM's CPU build links libnuma.
 FROM base AS engine-base
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ libnuma1 \
+    && apt-get install --yes --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 
 FROM base AS gateway

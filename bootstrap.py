@@ -9,6 +9,7 @@ since. Does not own: the model, the database and the first key, which `burnish s
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -91,6 +92,17 @@ def check_disk(found_bytes: int, folder: Path, *, installed: bool) -> None:
         )
 
 
+def check_library(name: str, package: str) -> None:
+    """Raise `UnfitError` where a shared library that vLLM's CPU build links is not installed."""
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        raise UnfitError(
+            f"Burnish's engine needs {name} and this machine has none: "
+            f"`apt-get install {package}` adds it on Debian and Ubuntu."
+        ) from None
+
+
 def find_python() -> str:
     """A Python that Burnish runs on and that can make environments: this one, or one on the PATH.
 
@@ -125,6 +137,8 @@ def find_python() -> str:
 def check() -> str:
     """Look at the whole machine; returns the Python to use. Raises `UnfitError`."""
     check_platform(platform.system(), platform.machine(), platform.libc_ver(), _cpu_flags())
+    if not has_gpu():
+        check_library("libnuma.so.1", "libnuma1")
     python = find_python()
     check_memory(_memory_bytes())
     check_disk(shutil.disk_usage(ROOT).free, ROOT, installed=STAMP.exists())

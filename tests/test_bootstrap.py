@@ -62,6 +62,12 @@ def test_too_little_memory_is_named_with_what_is_needed() -> None:
     bootstrap.check_memory(int(7.6 * GIB))
 
 
+def test_a_missing_library_is_named_with_its_package() -> None:
+    bootstrap.check_library("libc.so.6", "libc6")
+    with pytest.raises(bootstrap.UnfitError, match=r"libnone\.so\.1 .*`apt-get install libnone1"):
+        bootstrap.check_library("libnone.so.1", "libnone1")
+
+
 def test_disk_is_needed_for_the_environment_and_less_once_it_is_there(tmp_path: Path) -> None:
     with pytest.raises(bootstrap.UnfitError, match=r"9 GiB free .* found 5\.0"):
         bootstrap.check_disk(5 * GIB, tmp_path, installed=False)
