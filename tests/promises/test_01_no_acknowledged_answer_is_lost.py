@@ -29,7 +29,7 @@ pytestmark = pytest.mark.promises
 def test_each_answer_whose_end_was_seen_has_one_complete_row_after_every_kill(
     tmp_path: Path,
 ) -> None:
-    kills = scaled(200)
+    kills = max(20, scaled(200))
     base = build_model(tmp_path / "tiny")
     settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
     settings.data.mkdir()
