@@ -22,20 +22,21 @@ WORKDIR /opt/burnish
 # What is installed depends on these files alone, so a change of code doesn't install it again: the
 # packages are empty until later, and the environment refers to them where they lie.
 FROM base AS sources
+ENV PIP_CACHE_DIR=/var/cache/pip
 COPY pyproject.toml README.md LICENSE bootstrap.py ./
 RUN mkdir feedback tuner server && touch feedback/__init__.py tuner/__init__.py server/__init__.py
 
 FROM sources AS gateway-environment
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python -m venv .venv && .venv/bin/pip install --quiet --editable ".[postgres]"
 
 # bootstrap.py knows which torch goes with which vLLM, and what must not stay beside it.
 FROM sources AS cpu-environment
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python -c "import sys, bootstrap; bootstrap.environment({'cpu', 'postgres'}, sys.executable)"
 
 FROM sources AS cuda-environment
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python -c "import sys, bootstrap; bootstrap.environment({'gpu', 'postgres'}, sys.executable)"
 
 # vLLM's CPU build links libnuma.

@@ -192,6 +192,7 @@ def running(
             while not answers_ok(f"{server.url}/health"):
                 if guard.poll() is not None:
                     raise SystemExit(f"{name}: the engine ended; see {log.name}")
+                # Another process starts: there is nothing to wait on but its port.
                 time.sleep(0.1)
             server.start_seconds = time.perf_counter() - began
             body = {"lora_name": LORA, "lora_path": str(adapter)}

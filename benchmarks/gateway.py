@@ -107,6 +107,7 @@ def process(
         while not answers(ready):
             if child.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command[0]} does not answer; the log: {tail(log)}")
+            # Another process starts: there is nothing to wait on but its port.
             time.sleep(0.1)
         yield child
     finally:

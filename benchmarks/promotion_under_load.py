@@ -142,6 +142,7 @@ def main() -> None:
             for number in range(options.clients):
                 pool.submit(keep_asking, number)
             for flip in range(options.flips):
+                # The pace of the flips: answers must run between them.
                 time.sleep(0.5)
                 began = time.perf_counter()
                 if flip % 2 == 0:

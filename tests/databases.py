@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL, create_engine, make_url, text
 
-import tuner.tables  # noqa: F401 - its tables are made with the others
+import tuner.tables  # noqa: F401 - imported for its tables, which `create_all` makes too
 from feedback.db import Base, Database
 
 TEMPLATE = "burnish_template"

@@ -138,5 +138,6 @@ def _wait_until_healthy(guard: subprocess.Popen[bytes], url: str, log: Path) -> 
     while time.monotonic() < deadline and guard.poll() is None:
         if answers_ok(f"{url}/health", timeout_seconds=5):
             return
+        # vLLM is another process and tells nobody when it is up: its port is asked.
         time.sleep(0.2)
     raise RuntimeError(f"vLLM didn't start (exit {guard.poll()}):\n{log.read_text()[-4000:]}")

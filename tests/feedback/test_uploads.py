@@ -547,6 +547,7 @@ def test_what_a_killed_process_left_goes_after_a_day(
 def test_real_files_are_taken_whole(tmp_path: Path, name: str, kind: str, count: int) -> None:
     file = DATA / name
     if not file.exists():
+        # Data of others is never part of the project, so a plain checkout doesn't have it.
         pytest.skip(f"{name} is not there; BURNISH_TEST_DATA names a directory that has it")
     upload = accept(tmp_path, file.read_bytes())
     assert (upload.kind, upload.rows) == (kind, count)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def _await(
         told = log.read_text()[-3000:] if log is not None else ""
         assert process is None or process.poll() is None, told
         assert time.monotonic() < deadline, told
+        # All that is waited for happens in other processes: their state is asked.
         time.sleep(0.25)
 
 
@@ -230,6 +232,7 @@ def _wait_for_job(service: Service, job_id: str) -> Any:
     deadline = time.monotonic() + JOB_SECONDS
     while job.status not in ("succeeded", "failed", "cancelled"):
         assert time.monotonic() < deadline, job
+        # OpenAI's API has no call that waits for a job.
         time.sleep(1)
         job = service.openai.fine_tuning.jobs.retrieve(job_id)
     return job
@@ -258,7 +261,7 @@ def test_killed_children_are_mended_and_a_promoted_adapter_is_restored(service: 
     for name in ("gateway", "worker"):
         pid = service.children()[name]["pid"]
         os.kill(pid, signal.SIGKILL)
-        _await(lambda name=name, pid=pid: _is_new(service, name, pid), 60)  # type: ignore[misc]
+        _await(partial(_is_new, service, name, pid), 60)
     _await(lambda: answers_ok(f"{service.url}/readyz"), 60)
     assert service.children()["engine"]["pid"] == engine  # adopted, not restarted
     assert _text(_ask(service.openai, "assistant", question)) == expected

@@ -105,5 +105,6 @@ def _wait_until(url: str, process: subprocess.Popen[bytes]) -> None:
                 return
         except httpx.HTTPError:
             pass
+        # What is waited for happens in another process, which has no event to wait on.
         time.sleep(0.02)
     raise RuntimeError(f"{url} does not answer (exit {process.poll()})")

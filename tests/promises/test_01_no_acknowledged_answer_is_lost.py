@@ -50,7 +50,8 @@ def test_each_answer_whose_end_was_seen_has_one_complete_row_after_every_kill(
                 traffic.urls = [gateway.url]
                 with traffic.running():
                     traffic.wait_for(12)
-                    time.sleep(chance.random() * 0.05)  # anywhere in the answers under way
+                    # The kill must strike at any moment of the answers under way.
+                    time.sleep(chance.random() * 0.05)
                     gateway.kill()
             with database.read() as session:
                 assert session.scalar(text("PRAGMA integrity_check")) == "ok"

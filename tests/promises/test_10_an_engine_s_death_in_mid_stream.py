@@ -44,6 +44,7 @@ class Engine:
                 return
             except httpx.TransportError:
                 assert time.monotonic() < deadline
+                # The engine's process starts: there is nothing to wait on but its port.
                 time.sleep(0.02)
 
     def kill(self) -> None:

@@ -59,6 +59,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
+        # The row is written by the gateway's own thread; the database has no event.
         time.sleep(0.01)
 
 
