@@ -49,8 +49,8 @@ def test_times_come_back_aware_in_utc_and_json_in_canonical_form(database: Datab
 
 
 def test_a_time_without_a_zone_is_refused(sqlite_database: Database) -> None:
+    naive = datetime(2026, 1, 1)  # noqa: DTZ001 - that it has no zone is what is tested
     with pytest.raises(Exception, match="without a zone"), sqlite_database.write() as session:
-        naive = datetime(2026, 1, 1)  # noqa: DTZ001 - that it has no zone is what is tested
         session.add(Person(id="p", user="u", created_at=naive))
 
 

@@ -2,8 +2,7 @@
 files.
 
 Owns: how the model is called (logits at completion tokens only, the tree layout where attention
-allows it), the fused LoRA layer, the adapter's weights in and out. Does not own: losses,
-optimisation, data.
+allows it), the adapter's weights in and out. Does not own: losses, optimisation, data.
 """
 
 from __future__ import annotations
