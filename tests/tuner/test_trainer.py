@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,15 @@ def test_what_taking_the_events_raises_ends_the_child(child: Child) -> None:
     assert not is_alive(child.events[0]["pid"])
 
 
+def _is_dead(pid: int) -> bool:
+    """Gone, or a zombie that init takes."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state.rpartition(")")[2].split()[0] in "ZX"
+
+
 def test_a_child_that_does_not_listen_is_killed_with_its_own_children(
     child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,9 +208,11 @@ time.sleep(60)
         )
     own, other = child.events[0]["pids"]
     assert not is_alive(own)
-    # The grandchild is nobody's to wait for here; dead or a zombie that init takes.
-    state = Path(f"/proc/{other}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+    deadline = time.monotonic() + 10
+    while not _is_dead(other):
+        assert time.monotonic() < deadline
+        # SIGKILL takes effect a moment later, and a grandchild is nobody's to wait for here.
+        time.sleep(0.01)
 
 
 def test_a_killed_child_costs_nothing_but_a_new_start(child: Child) -> None:
