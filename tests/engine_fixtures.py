@@ -121,6 +121,10 @@ def start_vllm(
     # Without a list of modules vLLM wraps the output layer too, and on a CPU `prompt_logprobs`
     # beside a running request then kills the engine.
     command += ["--enable-lora", "--enforce-eager", "--lora-target-modules", *TARGET_MODULES]
+    # A random model never ends the blanks that JSON allows between its parts.
+    outputs = {"backend": "xgrammar", "disable_any_whitespace": True}
+    command += ["--structured-outputs-config", json.dumps(outputs)]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     # Guarded, as the supervisor starts it: nothing is left even when the test run is killed.
     with log.open("wb") as output:
         guard, link = start_guarded(Launch(command, {**os.environ, **environment}), output=output)

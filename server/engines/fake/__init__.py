@@ -2,8 +2,9 @@
 
 Its output is signed: an answer contains, and every figure depends on, a hash of the adapter files
 that produced it. So a test can prove which weights answered. It mimics vLLM 0.32 in its bytes,
-errors, slots and evictions; the contract suite runs on both. It does not sample, and knows nothing
-of tools, `logprobs` or `response_format`.
+errors, slots and evictions; the contract suite runs on both. Where a request has tools it calls
+them, and where it asks for JSON it says some that fits, as a vLLM with a tool parser does. It does
+not sample, and knows nothing of `logprobs`.
 
 In a test's own process: `with FakeEngine() as engine: …`; as a process that can be killed:
 `python -m server.engines.fake --port 8001`, steered by `POST /fake/faults` and read by

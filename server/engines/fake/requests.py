@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from server.engines.fake import wire
+from server.engines.fake.instances import build_instance
 from server.engines.fake.weights import answer_pieces, fake_tokens
 
 COMPLETION_TOKENS = 16  #: what /v1/completions makes where `max_tokens` is not given
+JSON_OBJECT: Mapping[str, Any] = {"properties": {"answer": {"type": "string"}}}
+"""What an answer in JSON is like where no schema says it."""
 
 #: Figures of a prompt under a signature: `(signature, ids) -> (len(ids) - 1)`, nats.
 Figures = Callable[[str, Sequence[int]], list[float]]
@@ -45,22 +48,36 @@ class GenerationRequest:
     stream: bool
     usage: bool  #: a last event with the usage was asked for
     wants_figures: bool
+    schema: Mapping[str, Any] | None  #: of an answer in JSON
+    tools: Sequence[Mapping[str, Any]]  #: the functions that are called instead of an answer
+    forced: wire.Forced  #: how far the request says so
 
     def answer(self, signature: str, figures: Figures) -> wire.Answer:
         """What the weights of `signature` say."""
         every = [(prompt, ids) for prompt, ids in zip(self.prompts, self.token_ids, strict=True)]
+        said = "".join(answer_pieces(signature, self.prompts[0], 0, 3))
+        choices = [
+            answer_pieces(signature, prompt, index, self.tokens)
+            for prompt, _ in every
+            for index in range(self.choices)
+        ]
+        cut, calls = self.cut, [_call(function, said) for function in self.tools]
+        if calls:
+            cut, choices = False, [[] for _ in choices]
+        elif self.schema is not None:
+            pieces = _json_pieces(self.schema, said)
+            cut = cut and len(pieces) > self.tokens
+            choices = [pieces[: self.tokens] if cut else pieces for _ in choices]
         return wire.Answer(
             chat=self.chat,
             id=self.id,
             model=self.model,
             created=int(time.time()),
-            choices=[
-                answer_pieces(signature, prompt, index, self.tokens)
-                for prompt, _ in every
-                for index in range(self.choices)
-            ],
+            choices=choices,
             prompt_tokens=sum(map(len, self.token_ids)),
-            cut=self.cut,
+            cut=cut,
+            calls=calls,
+            forced=self.forced,
             prompt_logprobs=[
                 _prompt_logprobs(ids, figures(signature, ids))
                 for _, ids in every
@@ -107,8 +124,16 @@ def read_request(
         message = f"n must be 1 when using greedy sampling, got {choices}."
         raise Refusal(400, message, "BadRequestError")
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    if limit is not None and limit > max_model_len:
+        field = "max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens"
+        message = (
+            f"{field}={limit} cannot be greater than max_model_len={max_model_len}. "
+            f"Please request fewer output tokens. (parameter={field}, value={limit})"
+        )
+        raise Refusal(400, message, "BadRequestError", field)
     if limit is None and not chat:
         limit = COMPLETION_TOKENS
+    tools, forced = _chosen_tools(body) if chat else ([], None)
     return GenerationRequest(
         chat=chat,
         id=("chatcmpl-" if chat else "cmpl-") + (request_id or uuid.uuid4().hex[:16]),
@@ -121,7 +146,52 @@ def read_request(
         stream=bool(body.get("stream")),
         usage=bool((body.get("stream_options") or {}).get("include_usage")),
         wants_figures=body.get("prompt_logprobs") is not None,
+        schema=_schema(body.get("response_format")) if chat else None,
+        tools=tools,
+        forced=forced,
     )
+
+
+def _chosen_tools(body: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], wire.Forced]:
+    """The functions that the answer calls, and how far the request said so.
+
+    Left to itself, the fake calls each of them once, and answers in words when results are there.
+    """
+    functions = [tool["function"] for tool in body.get("tools") or ()]
+    choice = body.get("tool_choice") or "auto"
+    if isinstance(choice, Mapping):
+        name = choice["function"]["name"]
+        found = [function for function in functions if function["name"] == name]
+        if not found:
+            message = (
+                "The tool specified in `tool_choice` does not match any of the specified `tools` "
+                "(parameter=tool_choice)"
+            )
+            raise Refusal(400, message, "BadRequestError", "tool_choice")
+        return found, "named"
+    if choice == "none" or (choice == "auto" and body["messages"][-1].get("role") == "tool"):
+        return [], None
+    chosen = functions[:1] if body.get("parallel_tool_calls") is False else functions
+    return chosen, "required" if choice == "required" else None
+
+
+def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What the answer has to be, where a format asks for JSON."""
+    kind = (response_format or {}).get("type")
+    if response_format is None or kind not in ("json_schema", "json_object"):
+        return None
+    return JSON_OBJECT if kind == "json_object" else response_format["json_schema"]["schema"]
+
+
+def _call(function: Mapping[str, Any], text: str) -> wire.Call:
+    schema = function.get("parameters") or {"type": "object"}
+    return wire.Call(function["name"], _json_pieces(schema, text))
+
+
+def _json_pieces(schema: Mapping[str, Any], text: str) -> list[str]:
+    """An instance of the schema, four characters a token."""
+    said = wire.compact(build_instance(schema, text)).decode()
+    return [said[at : at + 4] for at in range(0, len(said), 4)]
 
 
 def _prompts(prompt: Any) -> list[Any]:

@@ -6,14 +6,19 @@ Owns: shapes. Pure; tests compare them with a real server's. Does not own: what 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from json.encoder import encode_basestring
+from typing import Any, Literal
 
 FINGERPRINT = "vllm-0.32.0-00000000"
 _FINGERPRINT = b',"system_fingerprint":"%b"' % FINGERPRINT.encode()
 DONE = b"data: [DONE]\n\n"
+
+Forced = Literal["required", "named"] | None
+"""What a request says about calls: some function, this function, or nothing."""
 
 
 def compact(value: Any) -> bytes:
@@ -59,8 +64,19 @@ def model_card(
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a function, its arguments token by token."""
+
+    name: str
+    pieces: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer that is ready to be written: `choices` are lists of tokens, as text."""
+    """One answer that is ready to be written: `choices` are lists of tokens, as text.
+
+    With `calls` every choice makes these calls and has no text.
+    """
 
     chat: bool
     id: str
@@ -70,6 +86,8 @@ class Answer:
     prompt_tokens: int
     cut: bool  #: ended by `max_tokens`, not by itself
     prompt_logprobs: Sequence[Sequence[Mapping[str, Any] | None]] | None = None
+    calls: Sequence[Call] = ()
+    forced: Forced = None  #: what the request said about calls
 
     def whole(self) -> bytes:
         """The reply of a request that doesn't stream."""
@@ -106,6 +124,9 @@ class Answer:
         `endless` never gets there.
         """
         head, fingerprint = self._head(), b"" if usage_follows else _FINGERPRINT
+        if self.calls:
+            yield from self._steps_of_calls(head, fingerprint)
+            return
         tokens = zip(
             *(cycle(pieces) if endless else pieces for pieces in self.choices), strict=True
         )
@@ -122,6 +143,21 @@ class Answer:
             count = len(self.choices)
             yield [self._event(head, i, "", b'"stop"', fingerprint) for i in range(count)]
 
+    def _steps_of_calls(self, head: bytes, fingerprint: bytes) -> Iterator[list[bytes]]:
+        """For each call its name, then its arguments; at last a delta without anything."""
+        choices = range(len(self.choices))
+        for at, call in enumerate(self.calls):
+            named = {"type": "function", "index": at, "function": {"name": call.name}}
+            yield [self._event_of_call(head, i, {"id": _call_id(), **named}) for i in choices]
+            for piece in call.pieces:
+                part = {"index": at, "function": {"arguments": piece}}
+                yield [self._event_of_call(head, i, part) for i in choices]
+        shape = (
+            b'%b%d,"delta":{},"logprobs":null,"finish_reason":"%b","stop_reason":null,'
+            b'"token_ids":null}]%b}\n\n'
+        )
+        yield [shape % (head, i, self._reason().encode(), fingerprint) for i in choices]
+
     def closing(self, *, usage: bool) -> list[bytes]:
         """The events after the last token."""
         if not usage:
@@ -132,7 +168,13 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         """Tokens of all choices; one that ended by itself has one more, which has no text."""
-        return sum(len(pieces) + (not self.cut) for pieces in self.choices)
+        called = sum(1 + len(call.pieces) for call in self.calls)
+        return sum(len(pieces) + called + (not self.cut) for pieces in self.choices)
+
+    def _reason(self) -> str:
+        if self.cut:
+            return "length"
+        return "tool_calls" if self.calls and self.forced != "named" else "stop"
 
     def _usage(self) -> dict[str, int]:
         return {
@@ -142,21 +184,31 @@ class Answer:
         }
 
     def _choice(self, index: int) -> dict[str, Any]:
-        text, reason = "".join(self.choices[index]), "length" if self.cut else "stop"
-        ending = {"finish_reason": reason, "stop_reason": None, "token_ids": None}
+        text = "".join(self.choices[index])
+        ending = {"finish_reason": self._reason(), "stop_reason": None, "token_ids": None}
         if not self.chat:
             figures = self.prompt_logprobs[index] if self.prompt_logprobs else None
             prompt = {"prompt_logprobs": figures, "prompt_token_ids": None, "routed_experts": None}
             return {"index": index, "text": text, "logprobs": None} | ending | prompt
-        message = {
+        message: dict[str, Any] = {
             "role": "assistant",
-            "content": text,
+            # A call that the request wanted leaves an empty text, one that was chosen none.
+            "content": None if self.calls and self.forced is None else text,
             "refusal": None,
             "annotations": None,
             "audio": None,
             "function_call": None,
-            "reasoning": None,
         }
+        if self.calls:
+            message["tool_calls"] = [
+                {
+                    "id": _call_id(),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": "".join(call.pieces)},
+                }
+                for call in self.calls
+            ]
+        message["reasoning"] = None
         return (
             {"index": index, "message": message, "logprobs": None}
             | ending
@@ -175,16 +227,26 @@ class Answer:
     def _event(
         self, head: bytes, index: int, text: str, reason: bytes = b"null", fingerprint: bytes = b""
     ) -> bytes:
-        """One token of one choice. `text` needs no escaping: the fake speaks plain words."""
+        """One token of one choice."""
         stop = b'"stop_reason":null,' if reason != b"null" or not self.chat else b""
         if self.chat:
             shape = (
-                b'%b%d,"delta":{"content":"%b"},"logprobs":null,"finish_reason":%b,%b'
+                b'%b%d,"delta":{"content":%b},"logprobs":null,"finish_reason":%b,%b'
                 b'"token_ids":null}]%b}\n\n'
             )
         else:
             shape = (
-                b'%b%d,"text":"%b","logprobs":null,"finish_reason":%b,%b'
+                b'%b%d,"text":%b,"logprobs":null,"finish_reason":%b,%b'
                 b'"prompt_token_ids":null,"token_ids":null}]%b}\n\n'
             )
-        return shape % (head, index, text.encode(), reason, stop, fingerprint)
+        return shape % (head, index, encode_basestring(text).encode(), reason, stop, fingerprint)
+
+    def _event_of_call(self, head: bytes, index: int, part: Mapping[str, Any]) -> bytes:
+        """A part of one call of one choice."""
+        delta = compact({"content": None, "tool_calls": [part]})
+        shape = b'%b%d,"delta":%b,"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+        return shape % (head, index, delta)
+
+
+def _call_id() -> str:
+    return f"chatcmpl-tool-{uuid.uuid4().hex[:16]}"

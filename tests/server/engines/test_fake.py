@@ -25,6 +25,7 @@ from server.engines.fake import (
     fake_logprobs,
     fake_signature,
 )
+from server.engines.fake.instances import build_instance
 from server.engines.process import free_port
 from server.engines.vllm import VllmEngine
 
@@ -192,6 +193,74 @@ async def test_generated_tokens_are_counted_as_the_usage_has_them(
     fake_engine.faults = Faults(token_seconds=0.0001)
     await ask(client, stream=True)
     assert fake_engine.tokens == 4 * 33
+
+
+FUNCTIONS = [{"type": "function", "function": {"name": name}} for name in ("look", "listen")]
+RESULT = [*MESSAGES, {"role": "tool", "tool_call_id": "c", "content": "seen"}]
+
+
+@pytest.mark.parametrize(
+    ("more", "called"),
+    [
+        ({}, ["look", "listen"]),
+        ({"tool_choice": "required", "messages": RESULT}, ["look", "listen"]),
+        ({"parallel_tool_calls": False}, ["look"]),
+        ({"tool_choice": {"type": "function", "function": {"name": "listen"}}}, ["listen"]),
+        ({"tool_choice": "none"}, []),
+        ({"messages": RESULT}, []),
+    ],
+)
+async def test_it_calls_every_tool_once_unless_the_request_says_otherwise_or_has_results(
+    client: VllmEngine, more: dict[str, Any], called: list[str]
+) -> None:
+    whole = json.loads(await ask(client, **{"tools": FUNCTIONS, **more}))["choices"][0]["message"]
+    events = (await ask(client, **{"tools": FUNCTIONS, **more}, stream=True)).split(b"\n\n")
+    deltas = [json.loads(event[6:])["choices"][0]["delta"] for event in events[:-2]]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    named = [call["function"]["name"] for call in calls if "id" in call]
+    assert [call["function"]["name"] for call in whole.get("tool_calls", ())] == named == called
+    assert (whole["content"] or "").startswith(BASE) is (not called)
+
+
+async def test_json_is_cut_where_max_tokens_ends_it(client: VllmEngine) -> None:
+    more = {"response_format": {"type": "json_object"}}
+    [whole] = json.loads(await ask(client, **more))["choices"]
+    [cut] = json.loads(await ask(client, **more, max_tokens=2))["choices"]
+    assert json.loads(whole["message"]["content"])["answer"].startswith(BASE)
+    assert (whole["finish_reason"], cut["finish_reason"]) == ("stop", "length")
+    assert whole["message"]["content"].startswith(cut["message"]["content"])
+
+
+TREE = {"properties": {"left": {"$ref": "#/$defs/Tree"}, "name": {}}, "required": ["name"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "instance"),
+    [
+        ({"type": "string"}, "x"),
+        ({}, "x"),
+        ({"type": ["integer", "null"], "minimum": 3}, 3),
+        ({"type": "number"}, 7.5),
+        ({"type": "null"}, None),
+        ({"const": 5}, 5),
+        ({"anyOf": [{"type": "boolean"}, {"type": "string"}]}, True),
+        ({"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2}, ["a", "a"]),
+        ({"$ref": "#/$defs/A~1B", "$defs": {"A/B": {"const": 1}}}, 1),
+        ({"$ref": "http://elsewhere"}, "x"),
+        ({"type": "object", "properties": {"a": {"type": "string"}}}, {"a": "x"}),
+    ],
+)
+def test_json_fits_its_schema(schema: dict[str, Any], instance: Any) -> None:
+    assert build_instance(schema, "x") == instance
+
+
+def test_json_of_a_schema_that_contains_itself_ends() -> None:
+    tree = build_instance({"$ref": "#/$defs/Tree", "$defs": {"Tree": TREE}}, "x")
+    depth = 0
+    while "left" in tree:
+        assert tree["name"] == "x"
+        tree, depth = tree["left"], depth + 1
+    assert depth > 3
 
 
 @pytest.mark.parametrize("faults", [Faults(endless=True), Faults(stalls_after_tokens=1)])
