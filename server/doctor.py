@@ -29,6 +29,7 @@ from server.engines.process import (
 )
 from server.machine import GIB, installed_version, list_gpus, read_machine
 from server.settings import Settings
+from server.upgrade import check_schema
 from tuner.base_models import BaseModelError, describe_base
 
 CPU_TRAPS = (
@@ -208,7 +209,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         with _open_database(settings.database_url) as database, database.read() as session:
             if is_sqlite:
                 yield _ok("sqlite", str(session.scalar(text("SELECT sqlite_version()"))))
-            revision = session.scalar(text("SELECT version_num FROM alembic_version"))
+            revision = check_schema(database)
     except (SQLAlchemyError, DatabaseUnfit, ImportError, OSError) as error:
         yield Finding(
             "database",

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from feedback import audit
-from feedback.db import Database
+from feedback.db import Database, DatabaseUnfit
 from server.auth import Scope, create_key, hash_key
 from server.children import write_private_json
 from server.feedback_tokens import find_or_create_secret
@@ -51,13 +53,13 @@ class Upgraded:
 def upgrade(settings: Settings, database: Database, base: BaseModel, *, url: str) -> Upgraded:
     """Bring schema, keys and the first deployment to what a gateway needs; `url` is its address.
 
-    Raises UpgradeError where a deployment stands on another base than the engine serves.
+    Raises UpgradeError where a deployment stands on another base than the engine serves, or a newer
+    Burnish was here.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     migrate(database)
     with database.write() as session:
-        if not database.is_sqlite:
-            session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        _wait_for_others(database, session)
         deployment = _first_deployment(session, settings, base)
         _internal_key(session, settings)
         find_or_create_secret(session)
@@ -69,12 +71,58 @@ def upgrade(settings: Settings, database: Database, base: BaseModel, *, url: str
 
 
 def migrate(database: Database, revision: str = "head") -> None:
-    """Run the migrations that are missing, in one transaction."""
+    """Run the migrations that are missing, in one transaction.
+
+    Raises UpgradeError where a newer Burnish was here.
+    """
+    config = _config()
+    with database.write() as session:
+        _wait_for_others(database, session)
+        connection = session.connection()
+        found = MigrationContext.configure(connection).get_current_revision()
+        if found is not None and found not in _known():
+            raise UpgradeError(_too_new(found))
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+def check_schema(database: Database) -> str:
+    """The schema's revision. Raises DatabaseUnfit unless it is the one of this version."""
+    with database.read() as session:
+        found = MigrationContext.configure(session.connection()).get_current_revision()
+    known = _known()
+    if found == known[0]:
+        return found
+    if found is not None and found not in known:
+        raise DatabaseUnfit(_too_new(found))
+    raise DatabaseUnfit(
+        f"the database has {'no schema' if found is None else f'the schema {found}'}, and this "
+        f"Burnish works with {known[0]}: run `burnish db upgrade`"
+    )
+
+
+def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    with database.write() as session:
-        config.attributes["connection"] = session.connection()
-        command.upgrade(config, revision)
+    return config
+
+
+def _known() -> list[str]:
+    """All revisions, the newest first."""
+    return [script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()]
+
+
+def _too_new(found: str) -> str:
+    return (
+        f"the database has the schema {found}, which a newer Burnish made (this one knows "
+        f"{_known()[0]}): install that one again, or restore a backup from before it"
+    )
+
+
+def _wait_for_others(database: Database, session: Session) -> None:
+    """One upgrade at a time, until the transaction ends; SQLite has its own lock."""
+    if not database.is_sqlite:
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
 def recover_admin_key(settings: Settings, database: Database, *, url: str) -> str:

@@ -53,6 +53,21 @@ def get_training_files(session: Session, job: Job) -> list[File]:
     return files
 
 
+def get_validation_file(session: Session, job: Job) -> File | None:
+    """The file that the job validates with, or None; raises `JobFailed` when it was deleted."""
+    file_id = job.spec.get("validation_file")
+    if file_id is None:
+        return None
+    file = session.get(File, file_id)
+    if file is None:
+        raise JobFailed(
+            "validation_data_gone",
+            f"{file_id} was deleted after the job was created; create the job again with another "
+            "validation_file.",
+        )
+    return file
+
+
 def check_base(session: Session, job: Job, base: BaseModel) -> None:
     """Raise `JobFailed` unless the job's deployment is served by `base` with this template."""
     deployment = get_deployment(session, str(job.deployment))
@@ -81,7 +96,10 @@ def find_data_hash(session: Session, job: Job, files: Sequence[File]) -> str | N
 
 
 def verify_files(files: Iterable[File], data: Path, *, check: Callable[[], None]) -> None:
-    """Raise `JobFailed` unless each file below `data` is there and has its recorded hash."""
+    """Raise `JobFailed` unless each file below `data` is there and has its recorded hash.
+
+    Its codes say "training data" of a validation file too: both are what a run is made of.
+    """
     for file in files:
         check()
         try:
@@ -133,6 +151,7 @@ def create_candidate(
         system_prompt=production.system_prompt,
         sampling=production.sampling,
         job_id=job.id,
+        suffix=job.spec.get("suffix"),
         dataset_id=dataset_id,
         sources_left_out=list(dict.fromkeys(left_out)),
         created_by=job.created_by,

@@ -23,6 +23,7 @@ from tuner.jobs import create_job
 from tuner.measuring import Subject, prompt_key
 from tuner.releases import get_deployment, get_release, production_of
 from tuner.tables import Evaluation, Job, JobKind, Release, ReleaseState
+from tuner.tuning import list_files_of
 
 
 def create_evaluation(
@@ -187,9 +188,9 @@ def _files(session: Session, dataset_id: str | None, *, side: str) -> list[File]
 
 
 def _training_files(session: Session, release: Release) -> list[File]:
-    """What the release's adapter learned from: its job's files."""
+    """What the release's adapter learned from, or was chosen by: its job's files."""
     job = session.get(Job, release.job_id) if release.job_id is not None else None
-    ids = [str(file) for file in job.spec.get("files", [])] if job is not None else []
+    ids = list_files_of(job) if job is not None else []
     return list(session.scalars(select(File).where(File.id.in_(ids)))) if ids else []
 
 

@@ -44,6 +44,8 @@ def explain_release(session: Session, name: str) -> dict[str, Any]:
     job_id = release.job_id or (adapter.job_id if adapter is not None else None)
     job = find_job(session, job_id) if job_id is not None else None
     files = _list_files(session, job)
+    validation_id = job.spec.get("validation_file") if job is not None else None
+    validation = session.get(File, validation_id) if validation_id is not None else None
     role = role_of(deployment, release.number)
     return {
         "release": {
@@ -59,6 +61,7 @@ def explain_release(session: Session, name: str) -> dict[str, Any]:
             "has_system_prompt": bool(release.system_prompt),
             "sampling": release.sampling,
             "acceptance": release.acceptance,
+            "suffix": release.suffix,
             "created_by": release.created_by,
             "created_at": _time(release.created_at),
         },
@@ -66,16 +69,8 @@ def explain_release(session: Session, name: str) -> dict[str, Any]:
         "job": None if job is None else _explain_job(job),
         "dataset": _explain_dataset(session, release.dataset_id),
         "sources": {
-            "files": [
-                {
-                    "id": file.id,
-                    "sha256": file.sha256,
-                    "rows": file.rows,
-                    "kind": file.kind,
-                    "dataset_id": file.dataset_id,
-                }
-                for file in files
-            ],
+            "files": [_explain_file(file) for file in files],
+            "validation_file": None if validation is None else _explain_file(validation),
             "left_out": release.sources_left_out,
             "deployment": deployment.sources,
         },
@@ -178,6 +173,7 @@ def _explain_job(job: Job) -> dict[str, Any]:
         "status": job.status,
         "method": job.method,
         "training_file": job.spec.get("training_file"),
+        "validation_file": job.spec.get("validation_file"),
         "hyperparameters": job.spec.get("hyperparameters", {}),
         "seed": job.spec.get("seed"),
         "attempts": job.attempt,
@@ -186,6 +182,16 @@ def _explain_job(job: Job) -> dict[str, Any]:
         "created_by": job.created_by,
         "created_at": _time(job.created_at),
         "finished_at": _time(job.finished_at),
+    }
+
+
+def _explain_file(file: File) -> dict[str, Any]:
+    return {
+        "id": file.id,
+        "sha256": file.sha256,
+        "rows": file.rows,
+        "kind": file.kind,
+        "dataset_id": file.dataset_id,
     }
 
 

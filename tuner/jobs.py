@@ -52,12 +52,13 @@ class Request(StrEnum):
 class NewEvent:
     """Something to tell about a job.
 
-    `type` is `metrics` when `data` holds figures of a step, `checkpoint` when one was written.
+    `type` is `metrics` when `data` holds figures of a step, `validation` when it holds those of the
+    validation rows, `checkpoint` when one was written.
     """
 
     message: str
     level: Literal["info", "warn", "error"] = "info"
-    type: Literal["message", "metrics", "checkpoint"] = "message"
+    type: Literal["message", "metrics", "validation", "checkpoint"] = "message"
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -289,21 +290,24 @@ def list_checkpoints(
 ) -> tuple[list[tuple[JobEvent, dict[str, Any]]], bool]:
     """A page of the checkpoints that a job told of, newest first, and whether more follow.
 
-    Each with the figures of its step, as far as they were told. A step that was done again after a
-    crash or a pause counts once. `after` is the last event's id of the page before.
+    Each with the figures of its step, as far as they were told: `loss` of the training, and
+    `full_valid_loss` of all validation rows. A step that was done again after a crash or a pause
+    counts once. `after` is the last event's id of the page before.
     """
     told = session.scalars(
         select(JobEvent)
-        .where(JobEvent.job_id == job_id, JobEvent.type.in_(("metrics", "checkpoint")))
+        .where(JobEvent.job_id == job_id, JobEvent.type != "message")
         .order_by(JobEvent.seq)
     )
     figures: dict[Any, dict[str, Any]] = {}
     found: dict[Any, JobEvent] = {}
     for event in told:
-        if event.type == "metrics":
-            figures[event.data.get("step")] = event.data
+        step = event.data.get("step")
+        if event.type == "checkpoint":
+            found[step] = event
         else:
-            found[event.data.get("step")] = event
+            name = "loss" if event.type == "metrics" else "full_valid_loss"
+            figures.setdefault(step, {})[name] = event.data.get(name)
     newest = sorted(found.values(), key=lambda event: event.seq, reverse=True)
     if after is not None:
         last = next((event.seq for event in newest if event.id == after), None)

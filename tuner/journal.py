@@ -117,7 +117,9 @@ def _to_job_event(event: Event) -> NewEvent:
                 f"Epoch {event.get('epoch')}: validation loss {_figure(event.get('loss'))} "
                 "nats per token"
             )
-            return NewEvent(words, data=figures)
+            # The name that OpenAI's metrics have for it: `loss` is a training step's.
+            figures["full_valid_loss"] = figures.pop("loss", None)
+            return NewEvent(words, type="validation", data=figures)
         case "checkpoint":
             words = f"Checkpoint at step {event.get('step')}."
             return NewEvent(words, type="checkpoint", data=figures)

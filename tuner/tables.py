@@ -130,6 +130,8 @@ class Release(Base):
     #: of an unproven one, by a person
     acceptance: Mapped[dict[str, Any] | None] = mapped_column(CanonicalJson)
     job_id: Mapped[str | None]
+    #: what the person who tuned it calls it; no part of its name
+    suffix: Mapped[str | None]
     dataset_id: Mapped[str | None]
     sources_left_out: Mapped[list[str]] = mapped_column(CanonicalJson, default=list)
     created_by: Mapped[str | None]
@@ -180,7 +182,8 @@ class JobEvent(Base):
     seq: Mapped[int]
     attempt: Mapped[int]
     level: Mapped[str] = mapped_column(default="info")  #: info, warn or error
-    type: Mapped[str] = mapped_column(default="message")  #: message, metrics or checkpoint
+    #: message, metrics, validation or checkpoint
+    type: Mapped[str] = mapped_column(default="message")
     message: Mapped[str] = mapped_column(Text)
     data: Mapped[dict[str, Any]] = mapped_column(CanonicalJson, default=dict)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)

@@ -51,7 +51,15 @@ HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
     "max_length": Hyperparameter("max_length", int, 16, 131_072, "longest example, tokens"),
 }
 
+LONGEST_SUFFIX = 64
+"""Characters; OpenAI's bound."""
+
 _NEEDS: Mapping[str, str] = {Method.SUPERVISED: "supervised", Method.DPO: "preference"}
+# DPO trains on corrections too where a set has them: a likelihood term beside the pairs.
+_READS: Mapping[str, Sequence[str]] = {
+    Method.SUPERVISED: ("supervised",),
+    Method.DPO: ("preference", "supervised"),
+}
 _ADD: Mapping[str, str] = {
     Method.SUPERVISED: "add corrections (kind 'correction')",
     Method.DPO: "add comparisons, or corrections that change much of an answer",
@@ -118,13 +126,25 @@ def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, int | float]:
     return checked
 
 
+def check_suffix(suffix: str) -> None:
+    """Raise `BadRequest` unless people can read it in a line."""
+    if not 1 <= len(suffix) <= LONGEST_SUFFIX or not suffix.isprintable():
+        raise BadRequest(
+            f"suffix is {reprlib.repr(suffix)}; expected 1 to {LONGEST_SUFFIX} printable "
+            "characters.",
+            param="suffix",
+        )
+
+
 def create_tuning_job(
     session: Session,
     deployment: Deployment,
     *,
     method: str,
     training_file: str,
+    validation_file: str | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
+    suffix: str | None = None,
     seed: int = 0,
     max_rank: int | None = None,
     person_id: str | None = None,
@@ -133,11 +153,14 @@ def create_tuning_job(
     """Queue a tuning job for a deployment.
 
     `training_file` is a data set (`ds_…`: everything in it that the method learns from) or one file
-    (`file-…`: that file alone; the caller has checked that it may be used). `max_rank` is the
-    largest that the engines serve. Raises `BadRequest`, `NotFound`, `Conflict` when the data set
-    isn't ready.
+    (`file-…`: that file alone). `validation_file` is one file, whose rows end the run early and
+    never train; None: a part of the training rows is held back. The caller has checked that the
+    files may be used. `suffix` is what the person calls the release. `max_rank` is the largest that
+    the engines serve. Raises `BadRequest`, `NotFound`, `Conflict` when the data set isn't ready.
     """
     check_method(method)
+    if suffix is not None:
+        check_suffix(suffix)
     checked = check_hyperparameters(hyperparameters or {})
     if max_rank is not None and checked.get("r", 0) > max_rank:
         raise BadRequest(
@@ -149,8 +172,11 @@ def create_tuning_job(
         dataset_id: str | None = training_file
         files = _dataset_files(session, deployment, training_file, method)
     else:
-        file = _get_file(session, deployment, training_file, method)
+        file = _get_training_file(session, deployment, training_file, method)
         files, dataset_id = [file], file.dataset_id
+    if validation_file is not None:
+        validation = _get_validation_file(session, deployment, validation_file, method)
+        _refuse_the_same(validation, files, training_file)
     return create_job(
         session,
         JobKind.TUNE,
@@ -158,7 +184,9 @@ def create_tuning_job(
             "training_file": training_file,
             "dataset_id": dataset_id,
             "files": [file.id for file in files],
+            "validation_file": validation_file,
             "hyperparameters": checked,
+            "suffix": suffix,
             "seed": seed,
             "sources_left_out": list_sources_left_out(
                 session, deployment, dataset_id, training_file=training_file
@@ -192,9 +220,15 @@ def find_job_on(session: Session, file_id: str) -> str | None:
     """A tuning job that still needs the file, or None."""
     unfinished = select(Job).where(Job.kind == JobKind.TUNE, Job.status.not_in(ENDED))
     for job in session.scalars(unfinished):
-        if file_id in job.spec.get("files", []):
+        if file_id in list_files_of(job):
             return job.id
     return None
+
+
+def list_files_of(job: Job) -> list[str]:
+    """Ids of the files that a tuning job reads: those it trains on, then what it validates with."""
+    validation_file = job.spec.get("validation_file")
+    return [*job.spec.get("files", []), *([] if validation_file is None else [validation_file])]
 
 
 def create_freeze_job(
@@ -218,20 +252,29 @@ def create_freeze_job(
     return job
 
 
-def _get_dataset(session: Session, deployment: Deployment, dataset_id: str) -> Dataset:
+def _get_dataset(
+    session: Session,
+    deployment: Deployment,
+    dataset_id: str,
+    *,
+    named: str | None = None,
+    param: str = "training_file",
+) -> Dataset:
+    """The data set, ready; `named` is how the request names it, or a file of it."""
+    named = named or dataset_id
     dataset = session.get(Dataset, dataset_id)
     if dataset is None:
-        raise NotFound(f"No data set {dataset_id!r}.", param="training_file")
+        raise NotFound(f"No data set {dataset_id!r}.", param=param)
     if dataset.deployment != deployment.name:
         raise BadRequest(
-            f"{dataset_id} was made from the answers of {dataset.deployment!r}, not of "
+            f"{named} was made from the answers of {dataset.deployment!r}, not of "
             f"{deployment.name!r}.",
-            param="training_file",
+            param=param,
         )
     if dataset.status != DatasetStatus.READY:
         raise Conflict(
-            f"{dataset_id} is {dataset.status}, expected ready; wait for it or make another.",
-            param="training_file",
+            f"{named} is {dataset.status}, expected ready; wait for it or make another.",
+            param=param,
             code="dataset_not_ready",
         )
     return dataset
@@ -241,8 +284,7 @@ def _dataset_files(
     session: Session, deployment: Deployment, dataset_id: str, method: str
 ) -> Sequence[File]:
     check_dataset_serves(_get_dataset(session, deployment, dataset_id), method)
-    # DPO trains on corrections too where the set has them: a likelihood term beside the pairs.
-    kinds = ["supervised"] if method == Method.SUPERVISED else ["preference", "supervised"]
+    kinds = _READS[method]
     files = session.scalars(
         select(File).where(
             File.dataset_id == dataset_id,
@@ -255,13 +297,19 @@ def _dataset_files(
     return sorted(files, key=lambda file: kinds.index(str(file.kind)))
 
 
-def _get_file(session: Session, deployment: Deployment, file_id: str, method: str) -> File:
+def _get_file(session: Session, deployment: Deployment, file_id: str, *, param: str) -> File:
     # Held until the job stands, so that nobody deletes an upload in between.
     file = session.get(File, file_id, with_for_update={"read": True})
     if file is None:
-        raise NotFound(f"No file {file_id!r}.", param="training_file")
+        raise NotFound(f"No file {file_id!r}.", param=param)
     if file.dataset_id is not None:
-        _get_dataset(session, deployment, file.dataset_id)
+        named = f"{file_id} of {file.dataset_id}"
+        _get_dataset(session, deployment, file.dataset_id, named=named, param=param)
+    return file
+
+
+def _get_training_file(session: Session, deployment: Deployment, file_id: str, method: str) -> File:
+    file = _get_file(session, deployment, file_id, param="training_file")
     if file.side == "holdout":
         raise BadRequest(
             f"{file_id} is the holdout of {file.dataset_id}; it is never trained on.",
@@ -282,3 +330,47 @@ def _get_file(session: Session, deployment: Deployment, file_id: str, method: st
             param="training_file",
         )
     return file
+
+
+def _get_validation_file(
+    session: Session, deployment: Deployment, file_id: str, method: str
+) -> File:
+    param = "validation_file"
+    if file_id.startswith("ds_"):
+        raise BadRequest(
+            f"{file_id} is a data set, and validation_file takes one file (file-…); the data set's "
+            "own are in its `files`.",
+            param=param,
+        )
+    file = _get_file(session, deployment, file_id, param=param)
+    if file.side == "holdout":
+        raise BadRequest(
+            f"{file_id} is the holdout of {file.dataset_id}, which is kept for evaluations: a run "
+            "that it ended would be measured by what chose it.",
+            param=param,
+        )
+    if file.rows == 0:
+        raise BadRequest(
+            f"{file_id} has 0 examples; without validation_file a part of the training rows is "
+            "held back.",
+            param=param,
+        )
+    if file.kind is not None and file.kind not in _READS[method]:
+        raise BadRequest(
+            f"{file_id} has {file.kind} examples, method {str(method)!r} reads "
+            f"{' and '.join(_READS[method])} ones.",
+            param=param,
+        )
+    return file
+
+
+def _refuse_the_same(validation: File, files: Sequence[File], training_file: str) -> None:
+    """Raise `BadRequest` where every row would be held back from training."""
+    for file in files:
+        if file.id == validation.id or file.sha256 == validation.sha256:
+            whose = training_file if file.id == training_file else f"{file.id} of {training_file}"
+            raise BadRequest(
+                f"{validation.id} has the same rows as {whose}, which is trained on; rows that "
+                "validate never train, so give others.",
+                param="validation_file",
+            )

@@ -36,6 +36,7 @@ from feedback import audit
 from feedback.datasets import finish_freeze, freeze
 from feedback.db import Database
 from feedback.errors import AppError
+from feedback.tables import File
 from tuner import jobs
 from tuner.adapters import AdapterFacts, AdapterRefused, AdapterStore, check_adapter
 from tuner.base_models import BaseModel, BaseModelError, describe_base
@@ -45,6 +46,7 @@ from tuner.candidates import (
     create_candidate,
     find_data_hash,
     get_training_files,
+    get_validation_file,
     verify_files,
 )
 from tuner.client import GatewayClient, GatewayError, GatewayUnreachable, SlotLost
@@ -325,11 +327,11 @@ class Worker:
         with self._database.read() as session:
             check_base(session, job, base)
             files = get_training_files(session, job)
+            validation = get_validation_file(session, job)
             data_hash = find_data_hash(session, job, files)
-        verify_files(files, self._options.data, check=lease.check)
-        config = self._build_config(
-            job, base, [self._options.data / file.path for file in files], data_hash
-        )
+        read = [*files, *([] if validation is None else [validation])]
+        verify_files(read, self._options.data, check=lease.check)
+        config = self._build_config(job, base, files, validation, data_hash)
         _write(folder / "config.json", config.to_json())
         journal = Journal(self._database, job)
         finished = run_trainer(
@@ -363,19 +365,25 @@ class Worker:
         )
 
     def _build_config(
-        self, job: Job, base: BaseModel, files: Sequence[Path], data_hash: str | None
+        self,
+        job: Job,
+        base: BaseModel,
+        files: Sequence[File],
+        validation: File | None,
+        data_hash: str | None,
     ) -> TrainingConfig:
         """Everything the trainer needs: the job's hyperparameters over the method's defaults."""
-        max_rank = self._options.max_lora_rank
+        max_rank, data = self._options.max_lora_rank, self._options.data
         settings: dict[str, Any] = {
             "job_id": job.id,
             "method": job.method,
             "base_path": str(base.path.resolve()),
             "base_name": base.name,
             "base_revision": base.revision,
-            "train_files": [str(file.resolve()) for file in files],
-            "output_dir": str((self._options.data / "jobs" / job.id).resolve()),
-            "references_dir": str((self._options.data / "references").resolve()),
+            "train_files": [str((data / file.path).resolve()) for file in files],
+            "validation_file": validation and str((data / validation.path).resolve()),
+            "output_dir": str((data / "jobs" / job.id).resolve()),
+            "references_dir": str((data / "references").resolve()),
             "seed": job.spec["seed"],
             "max_rank": max_rank,
             "threads": self._options.training_threads or len(os.sched_getaffinity(0)),

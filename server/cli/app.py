@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from server.cli.api import Api, ApiError, NoConnection, connect
 
@@ -66,7 +67,8 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, emp
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(_text(row.get(column)) for column in columns))
+        # As text: a pair of brackets in what people wrote is no markup.
+        table.add_row(*(Text(_text(row.get(column))) for column in columns))
     console.print(table)
 
 

@@ -234,6 +234,10 @@ def tune(
     dataset: Annotated[
         str | None, typer.Option(help="ds_… or file-…; by default a new data set is made.")
     ] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="file-… whose rows end the run early and never train.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="What you call the release.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
@@ -259,6 +263,8 @@ def tune(
             {
                 "model": deployment,
                 "training_file": dataset,
+                "validation_file": validation,
+                "suffix": suffix,
                 "seed": seed,
                 "method": {"type": method, method: {"hyperparameters": hyperparameters}},
             },
@@ -363,7 +369,7 @@ def list_releases(
 ) -> None:
     """Without a command: the list."""
     if context.invoked_subcommand is None:
-        columns = ["name", "state", "role", "adapter", "dataset_id", "job_id"]
+        columns = ["name", "suffix", "state", "role", "adapter", "dataset_id", "job_id"]
         _list(
             "/admin/releases", columns, empty="no releases", as_json=as_json, deployment=deployment
         )

@@ -67,7 +67,7 @@ def follow_tuning(api: Api, job_id: str) -> dict[str, Any]:
                     continue
                 seen.add(event["id"])
                 figures = event.get("data") or {}
-                if event["type"] == "metrics" and "step" in figures:
+                if "steps" in figures and event["type"] == "metrics":
                     progress.update(
                         bar,
                         description="training",
@@ -75,7 +75,7 @@ def follow_tuning(api: Api, job_id: str) -> dict[str, Any]:
                         total=figures.get("steps") or 1,
                         note=_note(figures),
                     )
-                elif event["type"] != "metrics":
+                elif event["type"] != "metrics" or "full_valid_loss" in figures:
                     progress.console.print(f"  {event['message']}", markup=False)
             if job["status"] in ENDED:
                 progress.update(bar, note=str(job["status"]))

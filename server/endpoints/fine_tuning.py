@@ -6,27 +6,27 @@ candidate, never production.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest
 from server.access import append_audit, get_dataset, get_file, get_job, sees
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute, Part
-from server.endpoints.fields import Name, unix
-from server.endpoints.stored import page
+from server.endpoints.fields import Name, Page, one_of, page, unix
 from server.gateway import Gateway
 from server.routing import unknown_model
 from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
-from server.wire import Metadata
+from server.wire import IGNORED_HEADER, Metadata
 from tuner import jobs
 from tuner.releases import find_deployment_by_model
 from tuner.tables import Deployment, Job, JobEvent, JobKind, JobStatus, Method, Release
-from tuner.tuning import AUTO, create_tuning_job
+from tuner.tuning import AUTO, HYPERPARAMETERS, LONGEST_SUFFIX, create_tuning_job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=JsonRoute)
 
@@ -36,53 +36,149 @@ _LEGACY = ("n_epochs", "batch_size", "learning_rate_multiplier")
 _SHOWN = {Method.SUPERVISED: _LEGACY, Method.DPO: (*_LEGACY, "beta")}
 _LATER = (Method.KTO, Method.COMBINED)
 
+Hyperparameters = Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=32)]
+
 
 class MethodOptions(Part):
-    hyperparameters: dict[str, Any] | None = Field(
+    hyperparameters: Hyperparameters | None = Field(
         default=None, description='Numbers, or "auto" for the default.'
     )
 
 
 class MethodChoice(Part):
-    type: str = Method.SUPERVISED
+    type: Name = str(Method.SUPERVISED)
     supervised: MethodOptions | None = None
     dpo: MethodOptions | None = None
+    reinforcement: None = Field(default=None, description="OpenAI's; null only.")
 
 
 class JobCreate(Body):
-    """OpenAI's request; what has no meaning here may be null only."""
+    """OpenAI's request."""
 
     model: Name
     training_file: Name = Field(description="`file-…`, or `ds_…`: all of it that the method uses.")
+    validation_file: Name | None = Field(
+        default=None, description="`file-…`, whose rows end the run early and never train."
+    )
     method: MethodChoice | None = None
-    hyperparameters: dict[str, Any] | None = Field(
+    hyperparameters: Hyperparameters | None = Field(
         default=None, description="OpenAI's older place for them; `method` is the newer."
+    )
+    suffix: Annotated[str, Field(min_length=1, max_length=LONGEST_SUFFIX)] | None = Field(
+        default=None, description="What you call the release; its name stays `assistant@3`."
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: Metadata | None = None
-    validation_file: Any = None
-    suffix: Any = None
-    integrations: Any = None
+    integrations: Annotated[list[dict[str, Any]], Field(max_length=16)] | None = Field(
+        default=None, description="Ignored: nothing is sent to other services."
+    )
+
+
+class MethodUsed(TypedDict):
+    """The method, and its hyperparameters under its own name."""
+
+    type: Annotated[str, one_of(Method)]
+    supervised: NotRequired[dict[str, Any]]
+    dpo: NotRequired[dict[str, Any]]
+
+
+class TuningError(TypedDict):
+    code: str | None
+    message: str | None
+    param: str | None
+
+
+class TuningJob(TypedDict):
+    """OpenAI's `fine_tuning.job`."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    model: str | None
+    created_at: int
+    finished_at: int | None
+    fine_tuned_model: str | None
+    organization_id: str
+    result_files: list[str]
+    status: Annotated[str, one_of(JobStatus)]
+    training_file: str | None
+    validation_file: str | None
+    hyperparameters: dict[str, Any]
+    method: MethodUsed
+    trained_tokens: int | None
+    error: TuningError | None
+    user_provided_suffix: str | None
+    seed: int
+    estimated_finish: int | None
+    integrations: list[Any]
+    metadata: dict[str, str] | None
+
+
+class TuningEvent(TypedDict):
+    """OpenAI's `fine_tuning.job.event`."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Annotated[str, Field(json_schema_extra={"enum": ["info", "warn", "error"]})]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any]
+
+
+class CheckpointMetrics(TypedDict):
+    """Figures of a step, as far as they were told; OpenAI's other ones are not measured."""
+
+    step: int | None
+    train_loss: float | None
+    full_valid_loss: float | None
+
+
+class TuningCheckpoint(TypedDict):
+    """OpenAI's `fine_tuning.job.checkpoint`."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuned_model_checkpoint: None
+    fine_tuning_job_id: str
+    step_number: int | None
+    metrics: CheckpointMetrics
 
 
 @router.post("")
 def create_job(
-    body: JobCreate, caller: CallerDep, gateway: GatewayDep, session: WriteSession
-) -> dict[str, Any]:
+    body: JobCreate,
+    caller: CallerDep,
+    gateway: GatewayDep,
+    session: WriteSession,
+    response: Response,
+) -> TuningJob:
     """Queue a tuning job."""
-    _refuse_meaningless(body)
+    if body.integrations:
+        if gateway.settings.gateway.strict:
+            raise BadRequest(
+                "integrations can't be served: nothing is sent to other services; this gateway is "
+                "strict",
+                param="integrations",
+            )
+        response.headers[IGNORED_HEADER] = "integrations"
     method = body.method or MethodChoice()
     deployment = _find_deployment(session, gateway, caller, body.model)
     if body.training_file.startswith("ds_"):
         get_dataset(session, caller, body.training_file, param="training_file")
     else:
         get_file(session, caller, body.training_file, param="training_file")
+    validation_file = body.validation_file
+    if validation_file is not None and not validation_file.startswith("ds_"):
+        get_file(session, caller, validation_file, param="validation_file")
     job = create_tuning_job(
         session,
         deployment,
         method=method.type,
         training_file=body.training_file,
+        validation_file=validation_file,
         hyperparameters=_hyperparameters(body, method),
+        suffix=body.suffix,
         seed=body.seed or 0,
         max_rank=gateway.settings.engine.max_lora_rank,
         person_id=caller.person_id,
@@ -99,6 +195,7 @@ def create_job(
         deployment=deployment.name,
         method=job.method,
         training_file=body.training_file,
+        validation_file=validation_file,
     )
     return _job(session, job)
 
@@ -110,7 +207,7 @@ def list_jobs(
     session: ReadSession,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[TuningJob]:
     """Tuning jobs, newest first."""
     if any(name.startswith("metadata") for name in request.query_params):
         raise BadRequest("tuning jobs can't be filtered by metadata", param="metadata")
@@ -127,13 +224,13 @@ def list_jobs(
 
 
 @router.get("/{job_id}")
-def get_one_job(job_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+def get_one_job(job_id: str, caller: CallerDep, session: ReadSession) -> TuningJob:
     """One tuning job."""
     return _job(session, get_job(session, caller, job_id, kind=JobKind.TUNE))
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
+def cancel_job(job_id: str, caller: CallerDep, session: WriteSession) -> TuningJob:
     """Cancel it: a queued one at once, a running one as soon as its worker hears of it."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     job = jobs.request_cancel(session, job_id)
@@ -142,7 +239,7 @@ def cancel_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[st
 
 
 @router.post("/{job_id}/pause")
-def pause_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
+def pause_job(job_id: str, caller: CallerDep, session: WriteSession) -> TuningJob:
     """Put it aside: a queued one at once, a running one as soon as its worker hears of it."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     job = jobs.request_pause(session, job_id)
@@ -151,7 +248,7 @@ def pause_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[str
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
+def resume_job(job_id: str, caller: CallerDep, session: WriteSession) -> TuningJob:
     """Queue a paused job again; it goes on from its last checkpoint."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     job = jobs.resume(session, job_id)
@@ -166,7 +263,7 @@ def list_checkpoints(
     session: ReadSession,
     after: str | None = None,
     limit: Limit = 10,
-) -> dict[str, Any]:
+) -> Page[TuningCheckpoint]:
     """Steps at which the run was saved, newest first. They serve to resume it, not to answer."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     rows, has_more = jobs.list_checkpoints(session, job_id, after=after, limit=limit)
@@ -180,22 +277,11 @@ def list_events(
     session: ReadSession,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[TuningEvent]:
     """What happened in it, newest first."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     rows, has_more = jobs.list_events(session, job_id, after=after, limit=limit)
     return page([_event(row) for row in rows], has_more)
-
-
-def _refuse_meaningless(body: JobCreate) -> None:
-    reasons = {
-        "validation_file": "validation rows are taken from the training side, by hash",
-        "suffix": "releases are numbered, such as 'assistant@3'",
-        "integrations": "events are read from the job itself",
-    }
-    for name, reason in reasons.items():
-        if getattr(body, name) not in (None, []):
-            raise BadRequest(f"{name} can't be set: {reason}; leave it out", param=name)
 
 
 def _find_deployment(session: Session, gateway: Gateway, caller: Caller, model: str) -> Deployment:
@@ -206,7 +292,10 @@ def _find_deployment(session: Session, gateway: Gateway, caller: Caller, model: 
 
 
 def _hyperparameters(body: JobCreate, method: MethodChoice) -> dict[str, Any]:
-    """Those of the chosen method, or of the older place. Raises BadRequest where both are given."""
+    """Those of the chosen method, or of the older place, where some scripts repeat "auto".
+
+    Raises BadRequest where both have values.
+    """
     if method.type in _LATER:
         raise BadRequest(
             f"method {method.type!r} is not there yet; use 'supervised' or 'dpo'",
@@ -221,18 +310,33 @@ def _hyperparameters(body: JobCreate, method: MethodChoice) -> dict[str, Any]:
                 param=f"method.{name}",
             )
         chosen = options.hyperparameters if options is not None else chosen
-    if chosen and body.hyperparameters:
+    newer, older = _without_auto(chosen), _without_auto(body.hyperparameters)
+    if newer and older:
         raise BadRequest(
             f"found hyperparameters and method.{method.type}.hyperparameters; give one of them",
             param="hyperparameters",
         )
-    return chosen or body.hyperparameters or {}
+    return newer or older
 
 
-def _job(session: Session, row: Job) -> dict[str, Any]:
+def _without_auto(given: dict[str, Any] | None) -> dict[str, Any]:
+    """What was set. An unknown name stays, whatever its value, to be refused."""
+    return {
+        name: value
+        for name, value in (given or {}).items()
+        if name not in HYPERPARAMETERS or value not in (AUTO, None)
+    }
+
+
+def _job(session: Session, row: Job) -> TuningJob:
     given = row.spec.get("hyperparameters", {})
     method = Method(row.method or Method.SUPERVISED)
     shown = {name: given.get(name, AUTO) for name in _SHOWN[method]}
+    used: MethodUsed = {"type": method}
+    if method is Method.DPO:
+        used["dpo"] = {"hyperparameters": {**shown, **given}}
+    else:
+        used["supervised"] = {"hyperparameters": {**shown, **given}}
     ended = row.status in jobs.ENDED
     return {
         "id": row.id,
@@ -245,11 +349,12 @@ def _job(session: Session, row: Job) -> dict[str, Any]:
         "result_files": [],
         "status": row.status,
         "training_file": row.spec.get("training_file"),
-        "validation_file": None,
+        "validation_file": row.spec.get("validation_file"),
         "hyperparameters": {name: given.get(name, AUTO) for name in _LEGACY},
-        "method": {"type": method, method.value: {"hyperparameters": {**shown, **given}}},
+        "method": used,
         "trained_tokens": row.result.get("trained_tokens") if ended else None,
         "error": _error(row),
+        "user_provided_suffix": row.spec.get("suffix"),
         "seed": row.spec.get("seed", 0),
         "estimated_finish": None,
         "integrations": [],
@@ -257,7 +362,7 @@ def _job(session: Session, row: Job) -> dict[str, Any]:
     }
 
 
-def _error(row: Job) -> dict[str, Any] | None:
+def _error(row: Job) -> TuningError | None:
     if row.status != JobStatus.FAILED:
         return None
     return {"code": row.error_code, "message": row.error_message, "param": None}
@@ -275,19 +380,20 @@ def _release_of(session: Session, row: Job) -> str | None:
     return session.scalar(query.order_by(Release.number).limit(1))
 
 
-def _event(row: JobEvent) -> dict[str, Any]:
+def _event(row: JobEvent) -> TuningEvent:
     return {
         "id": row.id,
         "object": "fine_tuning.job.event",
         "created_at": unix(row.created_at),
         "level": row.level,
         "message": row.message,
-        "type": "metrics" if row.type == "metrics" else "message",  # OpenAI has these two
+        # OpenAI has these two.
+        "type": "metrics" if row.type in ("metrics", "validation") else "message",
         "data": row.data,
     }
 
 
-def _checkpoint(row: JobEvent, figures: dict[str, Any]) -> dict[str, Any]:
+def _checkpoint(row: JobEvent, figures: dict[str, Any]) -> TuningCheckpoint:
     step = row.data.get("step")
     return {
         "id": row.id,
@@ -296,5 +402,9 @@ def _checkpoint(row: JobEvent, figures: dict[str, Any]) -> dict[str, Any]:
         "fine_tuned_model_checkpoint": None,
         "fine_tuning_job_id": row.job_id,
         "step_number": step,
-        "metrics": {"step": step, "train_loss": figures.get("loss")},
+        "metrics": {
+            "step": step,
+            "train_loss": figures.get("loss"),
+            "full_valid_loss": figures.get("full_valid_loss"),
+        },
     }

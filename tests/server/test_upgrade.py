@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import select
+from sqlalchemy import MetaData, inspect, select, text
 
 from feedback import audit
-from feedback.db import Base, Database
+from feedback.db import Base, CanonicalJson, Database, DatabaseUnfit, UtcDateTime, now
 from server.auth import Scope, hash_key, load_keyring, revoke_key
 from server.settings import Settings, WorkerSettings
 from server.tables import Key
 from server.upgrade import (
     UpgradeError,
+    check_schema,
     migrate,
     read_internal_key,
     recover_admin_key,
@@ -61,6 +62,78 @@ def test_migrations_make_exactly_the_schema_of_the_models(empty: Database) -> No
             connection, opts={"compare_type": True, "compare_server_default": True}
         )
         assert compare_metadata(context, Base.metadata) == []
+
+
+def _fill(database: Database) -> None:
+    """A row in every table of the schema as it is, each column with a value of its own."""
+    found = MetaData()
+    found.reflect(database.engine)
+    values: dict[tuple[str, str], Any] = {}
+    with database.write() as session:
+        for table in Base.metadata.sorted_tables:
+            row: dict[str, Any] = {}
+            for column in table.columns:
+                if table.name not in found.tables or column.name not in found.tables[table.name].c:
+                    continue  # a later migration's
+                owner = next(iter(column.foreign_keys), None)
+                if owner is not None:
+                    row[column.name] = values.get((owner.column.table.name, owner.column.name))
+                elif isinstance(column.type, CanonicalJson):
+                    row[column.name] = {"in": [table.name, column.name]}
+                elif isinstance(column.type, UtcDateTime):
+                    row[column.name] = now()
+                elif column.type.python_type is str:
+                    row[column.name] = f"{table.name}.{column.name} é"
+                else:
+                    row[column.name] = column.type.python_type(1)
+                values[table.name, column.name] = row[column.name]
+            session.execute(table.insert().values(**row))
+
+
+def _known_rows(database: Database) -> dict[str, list[dict[str, Any]]]:
+    """All rows, of the columns that the database has."""
+    known = inspect(database.engine)
+    rows = {}
+    with database.read() as session:
+        for table in Base.metadata.sorted_tables:
+            names = {column["name"] for column in known.get_columns(table.name)}
+            query = select(*(column for column in table.columns if column.name in names))
+            rows[table.name] = [dict(row) for row in session.execute(query).mappings()]
+    return rows
+
+
+def test_the_first_versions_database_migrates_with_its_rows(
+    empty: Database, tmp_path: Path
+) -> None:
+    migrate(empty, "0001")
+    _fill(empty)
+    before = _known_rows(empty)
+    assert all(len(rows) == 1 for rows in before.values())
+    with pytest.raises(DatabaseUnfit, match=r"has the schema 0001, .*run `burnish db upgrade`"):
+        check_schema(empty)
+
+    migrate(empty)
+
+    after = _known_rows(empty)
+    for name, rows in before.items():
+        assert [{key: row[key] for key in rows[0]} for row in after[name]] == rows, name
+    assert after["releases"][0]["suffix"] is None
+    check_schema(empty)
+    migrate(empty)
+    assert _known_rows(empty) == after
+
+
+def test_a_newer_burnishs_database_is_left_alone(empty: Database, tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    with pytest.raises(DatabaseUnfit, match="has no schema"):
+        check_schema(empty)
+    upgrade(settings, empty, BASE, url=URL)
+    with empty.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(UpgradeError, match="schema 9999, which a newer Burnish made"):
+        upgrade(settings, empty, BASE, url=URL)
+    with pytest.raises(DatabaseUnfit, match="schema 9999, which a newer Burnish made"):
+        check_schema(empty)
 
 
 def test_a_first_upgrade_makes_what_a_gateway_needs(empty: Database, tmp_path: Path) -> None:

@@ -50,18 +50,21 @@ def test_rows_that_either_release_learned_from_are_left_out(
     openai = {"messages": [*HOLDOUT[2]["prompt"], {"role": "assistant", "content": "Other."}]}
     with sqlite_database.write() as session:
         make_deployment(session)
-        dataset = add_dataset(session, tmp_path, holdout=HOLDOUT)
+        validated = supervised("ex_v", "Valid?", "Yes.")
+        dataset = add_dataset(session, tmp_path, holdout=[*HOLDOUT, validated])
         releases = []
         for seed, rows in enumerate(([HOLDOUT[0], by_prompt], [openai])):
             file = add_file(session, tmp_path, rows)
-            job = create_job(session, JobKind.TUNE, spec={"files": [file.id]})
+            held = add_file(session, tmp_path, [validated])  # it ended the run, so it chose too
+            spec = {"files": [file.id], "validation_file": held.id}
+            job = create_job(session, JobKind.TUNE, spec=spec)
             releases.append(
                 make_candidate(session, seed=seed, job_id=job.id, dataset_id=dataset.id)
             )
         evaluation, _ = evaluations.create_evaluation(session, releases[1], releases[0])
         subject = evaluations.load_subject(session, evaluation.id, data=tmp_path)
     assert [row["id"] for row in subject.rows] == ["ex_h3"]
-    assert subject.left_out == 3
+    assert subject.left_out == 4
 
 
 def test_a_release_without_a_data_set_is_compared_on_the_newest_one(

@@ -21,7 +21,14 @@ from feedback.judgements import NewJudgement, judge, withdraw
 from feedback.people import Viewer
 from feedback.tables import Dataset, DatasetRow
 from tests.feedback.record import ask, make_viewer
-from tests.tuner.records import decide_evaluation, make_adapter, make_candidate, make_deployment
+from tests.tuner.records import (
+    add_file,
+    decide_evaluation,
+    make_adapter,
+    make_candidate,
+    make_deployment,
+    supervised,
+)
 from tuner import jobs
 from tuner.explain import explain_answer, explain_release
 from tuner.releases import create_release, get_deployment, move_production
@@ -149,7 +156,13 @@ def test_the_base_explains_itself_without_job_or_data(sqlite_database: Database)
         found = explain_release(session, "assistant@0")
     assert (found["adapter"], found["job"], found["dataset"]) == (None, None, None)
     assert (found["evaluations"], found["moves"]) == ([], [])
-    assert found["sources"] == {"files": [], "left_out": [], "deployment": []}
+    assert found["release"]["suffix"] is None
+    assert found["sources"] == {
+        "files": [],
+        "validation_file": None,
+        "left_out": [],
+        "deployment": [],
+    }
 
 
 def test_an_answer_leads_on_to_what_learned_from_it(database: Database, tmp_path: Path) -> None:
@@ -204,3 +217,28 @@ def test_what_is_unknown_is_not_found(sqlite_database: Database) -> None:
             explain_release(session, "assistant@1")
         with pytest.raises(NotFound, match="chatcmpl-none"):
             explain_answer(session, "chatcmpl-none")
+
+
+def test_a_release_names_its_suffix_and_what_validated_it(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    with sqlite_database.write() as session:
+        deployment = make_deployment(session)
+        trained, held = (
+            add_file(session, tmp_path, [supervised("ex", question, "Yes.")], side=None)
+            for question in ("One?", "Two?")
+        )
+        job = create_tuning_job(
+            session,
+            deployment,
+            method="supervised",
+            training_file=trained.id,
+            validation_file=held.id,
+            suffix="short answers",
+        )
+        make_candidate(session, job_id=job.id, suffix="short answers")
+        found = explain_release(session, "assistant@1")
+    assert found["release"]["suffix"] == "short answers"
+    assert found["job"]["validation_file"] == held.id
+    assert found["sources"]["validation_file"]["sha256"] == held.sha256
+    assert [file["id"] for file in found["sources"]["files"]] == [trained.id]

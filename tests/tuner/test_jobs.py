@@ -310,16 +310,19 @@ def test_checkpoints_are_told_once_a_step_with_the_figures_of_that_step(
     def checkpoint(step: int) -> NewEvent:
         return NewEvent("", type="checkpoint", data={"step": step})
 
+    def validation(step: int, loss: float) -> NewEvent:
+        return NewEvent("", type="validation", data={"step": step, "full_valid_loss": loss})
+
     told = [metrics(1, 3.0), metrics(2, 2.0), checkpoint(2), checkpoint(4)]
-    again = [metrics(4, 1.0), checkpoint(4), checkpoint(6), NewEvent("done")]
+    again = [metrics(4, 1.0), validation(4, 1.5), checkpoint(4), checkpoint(6), NewEvent("done")]
     with database.write() as session:
         jobs.record_events(session, job, [*told, *again])
     with database.read() as session:
         found, more = jobs.list_checkpoints(session, job.id)
-        assert [(row.data["step"], figures.get("loss")) for row, figures in found] == [
-            (6, None),
-            (4, 1.0),
-            (2, 2.0),
+        assert [(row.data["step"], figures) for row, figures in found] == [
+            (6, {}),
+            (4, {"loss": 1.0, "full_valid_loss": 1.5}),
+            (2, {"loss": 2.0}),
         ]
         assert not more
         first, more = jobs.list_checkpoints(session, job.id, limit=2)

@@ -36,7 +36,7 @@ WORDS: list[tuple[dict[str, Any], str, str, str]] = [
     (
         {"event": "validation", "epoch": 1, "loss": 1},
         "info",
-        "message",
+        "validation",
         "Epoch 1: validation loss 1.0000 nats per token",
     ),
     ({"event": "checkpoint", "step": 20}, "info", "checkpoint", "Checkpoint at step 20."),
@@ -70,6 +70,9 @@ def test_figures_are_kept_and_long_ones_left_to_the_result() -> None:
     first, second = to_job_events([step, finished])
     assert first.data == {"step": 1, "steps": 2, "epoch": 1, "loss": 0.5, "kl": 0.1}
     assert second.data == {"metrics": {"loss": 1}}
+    validation = {"event": "validation", "step": 4, "epoch": 2, "loss": 0.25, "nll": 0.25}
+    (found,) = to_job_events([validation])
+    assert found.data == {"step": 4, "epoch": 2, "full_valid_loss": 0.25, "nll": 0.25}
 
 
 def claim(database: Database) -> Job:

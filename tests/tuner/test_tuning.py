@@ -58,7 +58,9 @@ def test_a_job_on_a_data_set_trains_on_all_that_its_method_learns_from(
         assert job.spec == {
             "training_file": dataset.id,
             "dataset_id": dataset.id,
+            "validation_file": None,
             "hyperparameters": {"n_epochs": 2},
+            "suffix": None,
             "seed": 7,
             "sources_left_out": [],
         }
@@ -115,6 +117,29 @@ def test_a_file_is_in_use_until_its_last_job_has_ended(database: Database, tmp_p
         assert tuning.find_job_on(session, file.id) is None
 
 
+def test_a_job_needs_its_validation_file_too(database: Database, tmp_path: Path) -> None:
+    with database.write() as session:
+        deployment = make_deployment(session)
+        dataset = add_dataset(session, tmp_path, train=ROWS)
+        pairs, held = (
+            add_file(session, tmp_path, rows, kind=rows[0]["kind"], side=None)
+            for rows in ([preference("p", "Four?", "Yes.", "No.")], [supervised("s", "5?", "No.")])
+        )
+        for validation in (pairs, held):
+            job = create_tuning_job(
+                session,
+                deployment,
+                method="dpo",
+                training_file=dataset.id,
+                validation_file=validation.id,
+                suffix="s" * 64,
+            )
+            assert job.spec["validation_file"] == validation.id
+            assert validation.id not in job.spec["files"]
+            assert job.spec["suffix"] == "s" * 64
+            assert tuning.find_job_on(session, validation.id) == job.id
+
+
 REFUSALS: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("method", {"method": "kto"}, None, "Found method 'kto', expected 'supervised' or 'dpo'."),
     ("no data set", {"training_file": "ds_none"}, "not_found", "No data set 'ds_none'."),
@@ -162,6 +187,42 @@ REFUSALS: list[tuple[str, dict[str, Any], str | None, str]] = [
         None,
         "Hyperparameter 'r' is 32, but the engines serve ranks up to 16",
     ),
+    ("empty suffix", {"suffix": ""}, None, "suffix is ''; expected 1 to 64 printable characters."),
+    ("long suffix", {"suffix": "s" * 65}, None, "expected 1 to 64 printable characters."),
+    ("two lines", {"suffix": "a\nb"}, None, r"suffix is 'a\nb'; expected 1 to 64 printable"),
+    ("no validation", {"validation_file": "file-none"}, "not_found", "No file 'file-none'."),
+    ("validation set", {"validation_file": "good"}, None, "takes one file (file-…)"),
+    (
+        "another's validation",
+        {"validation_file": "second file"},
+        None,
+        "from the answers of 'second'",
+    ),
+    (
+        "validation holdout",
+        {"validation_file": "holdout"},
+        None,
+        "which is kept for evaluations: a run that it ended would be measured by what chose it.",
+    ),
+    ("validation empty", {"validation_file": "empty"}, None, "has 0 examples; without"),
+    (
+        "validation kind",
+        {"validation_file": "pairs file"},
+        None,
+        "has preference examples, method 'supervised' reads supervised ones.",
+    ),
+    (
+        "validation is trained on",
+        {"validation_file": "good file"},
+        None,
+        "which is trained on; rows that validate never train, so give others.",
+    ),
+    (
+        "validation has the same rows",
+        {"validation_file": "copy"},
+        None,
+        "which is trained on; rows that validate never train, so give others.",
+    ),
 ]
 
 
@@ -186,6 +247,8 @@ def test_a_refusal_says_what_to_do(
             "good": good.id,
             "second": second.id,
             "second file": part(second.id, "supervised"),
+            "good file": part(good.id, "supervised"),
+            "copy": add_file(session, tmp_path, ROWS[:2], side=None).id,
             "unfinished": unfinished.id,
             "only corrections": add_dataset(session, tmp_path, train=ROWS[:2]).id,
             "only pairs": add_dataset(session, tmp_path, train=ROWS[2:]).id,
@@ -194,11 +257,16 @@ def test_a_refusal_says_what_to_do(
             "empty": add_file(session, tmp_path, [], kind=None).id,
         }
         asked = {"method": "supervised", "training_file": "good", **changed}
-        asked["training_file"] = known.get(asked["training_file"], asked["training_file"])
+        for name in ("training_file", "validation_file"):
+            if name in asked:
+                asked[name] = known.get(asked[name], asked[name])
         with pytest.raises(AppError) as refused:
             create_tuning_job(session, get_deployment(session, "assistant"), **asked)
         assert refused.value.code == code
         assert said in refused.value.message
+        if "validation_file" in changed:
+            assert refused.value.param == "validation_file"
+            assert asked["validation_file"] in refused.value.message
 
 
 @pytest.mark.parametrize("name", HYPERPARAMETERS)

@@ -335,6 +335,19 @@ def test_hyperparameters_reach_the_trainer_over_its_defaults(home: Home) -> None
     assert config["max_length"] == 512  # the base reaches no further
 
 
+def test_a_suffix_and_a_validation_file_reach_release_and_trainer(home: Home) -> None:
+    with home.database.write() as session:
+        held = add_file(session, home.data, [supervised("v", "Valid?", "Yes.")], side=None)
+    job = home.tune(suffix="short answers", validation_file=held.id)
+    assert home.worker().run_one()
+    config = json.loads((home.data / "jobs" / job.id / "config.json").read_text())
+    assert config["validation_file"] == str((home.data / held.path).resolve())
+    assert config["validation_file"] not in config["train_files"]
+    with home.database.read() as session:
+        release = session.get_one(Release, "assistant@1")
+        assert (release.job_id, release.suffix) == (job.id, "short answers")
+
+
 def test_the_same_weights_again_are_one_adapter_and_another_release(home: Home) -> None:
     first, second = home.tune(), home.tune()
     worker = home.worker()
@@ -406,12 +419,24 @@ def leave_more(home: Home, _job: Job) -> None:
     (home.made / "README.md").write_text("made by")
 
 
+def damage_validation_file(home: Home, job: Job) -> None:
+    with home.database.read() as session:
+        (home.data / session.get_one(File, job.spec["validation_file"]).path).write_text("{}\n")
+
+
+def delete_validation_file(home: Home, job: Job) -> None:
+    with home.database.write() as session:
+        session.delete(session.get_one(File, job.spec["validation_file"]))
+
+
 @pytest.mark.parametrize(
     ("change", "mode", "code"),
     [
         (damage_file, "good", "training_data_damaged"),
         (lose_file, "good", "training_data_missing"),
         (delete_file, "good", "training_data_gone"),
+        (damage_validation_file, "good", "training_data_damaged"),
+        (delete_validation_file, "good", "validation_data_gone"),
         (other_base, "good", "wrong_base"),
         (other_template, "good", "wrong_template"),
         (no_base, "good", "base_unfit"),
@@ -424,7 +449,9 @@ def leave_more(home: Home, _job: Job) -> None:
 def test_a_job_that_fails_leaves_a_reason_and_no_candidate(
     home: Home, change: Callable[[Home, Job], None], mode: str, code: str
 ) -> None:
-    job = home.tune()
+    with home.database.write() as session:
+        held = add_file(session, home.data, [supervised("v", "Valid?", "Yes.")], side=None)
+    job = home.tune(validation_file=held.id)
     change(home, job)
     assert home.worker(mode).run_one()
     found = home.job(job)

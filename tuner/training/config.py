@@ -47,7 +47,8 @@ _METHOD_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 # Where things lie, and what is only about the way there: none of it changes the adapter.
 _NOT_IDENTITY: Final = frozenset(
-    {"job_id", "base_path", "train_files", "output_dir", "references_dir", "warm_start"}
+    {"job_id", "base_path", "train_files", "validation_file", "output_dir", "references_dir"}
+    | {"warm_start"}
     | {"data_hash", "checkpoint_every_steps", "max_rank", "max_chosen_drop", "max_kl"}
 )
 
@@ -66,6 +67,11 @@ class TrainingConfig(BaseModel):
     base_name: str = Field(description="Public name of the base, written into the adapter.")
     base_revision: str | None = None
     train_files: tuple[Path, ...] = Field(min_length=1, description="JSON Lines.")
+    validation_file: Path | None = Field(
+        default=None,
+        description="JSON Lines that validate and never train; None: `validation_share` of the "
+        "training rows.",
+    )
     output_dir: Path
     references_dir: Path = Field(description="Cache of the base's log-probabilities.")
 

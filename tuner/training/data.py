@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol
 
 from jinja2 import TemplateError
 
+from feedback.curation.extract import build_near_hash
+
 Message = Mapping[str, Any]
 Kind = Literal["supervised", "preference", "labelled"]
 
@@ -76,21 +78,27 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
     """Read every row of the files, in order. Raises `DataError` naming file, line and reason."""
     rows: list[Row] = []
     for path in paths:
+        name = name_of(path)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise DataError(f"{path.name}: the file is missing") from None
+            raise DataError(f"{name}: the file is missing") from None
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path.name}: not UTF-8 ({error.reason} at byte {error.start})"
-            ) from None
+            raise DataError(f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from None
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     rows.extend(_parse(json.loads(line)))
                 except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path.name}, line {number}: {error}") from None
+                    raise DataError(f"{name}, line {number}: {error}") from None
     return rows
+
+
+def name_of(path: Path) -> str:
+    """How a file is called in messages: with its folder, which has the id of the upload or the data
+    set.
+    """
+    return f"{path.parent.name}/{path.name}"
 
 
 def _parse(row: Any) -> Iterator[Row]:
@@ -305,6 +313,21 @@ def group_of(prompt: Sequence[Message]) -> str:
     return hashlib.sha256(
         " ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()
     ).hexdigest()
+
+
+def leave_out_near(rows: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
+    """`rows` that may train beside a file of `validation` rows, which never do.
+
+    What goes begins with the same user turn as one of these, as the parts of a conversation do, or
+    has the words of its prompt: what curation takes for near.
+    """
+    groups = {group_of(row.prompt) for row in validation}
+    words = {build_near_hash(row.prompt) for row in validation}
+    return [
+        row
+        for row in rows
+        if group_of(row.prompt) not in groups and build_near_hash(row.prompt) not in words
+    ]
 
 
 def split_validation(

@@ -40,6 +40,9 @@ from tuner.training.data import (
     Example,
     Kind,
     Renderer,
+    Row,
+    leave_out_near,
+    name_of,
     read_rows,
     split_validation,
 )
@@ -72,6 +75,7 @@ _WHAT_TO_DO: Mapping[str, str] = {
     "template_refused": "the base's chat template takes no such conversation; change the roles",
     "too_long": "raise max_length",
     "empty": "their answers have no text",
+    "near_validation": "the validation file has their like; give others",
 }
 
 
@@ -87,9 +91,29 @@ def train(config: TrainingConfig, emit: Emit) -> None:
     """
     _prepare_torch(config)
     rows = read_rows(config.train_files)
+    held = None if config.validation_file is None else read_rows([config.validation_file])
     identity = _run_identity(config)
     model = TunedModel(config)
     renderer = Renderer(model.tokenizer, model.end_token_ids, max_length=config.max_length)
+    if held is None:
+        examples = _share_examples(config, renderer, rows)
+    else:
+        examples = _hold_examples(config, renderer, rows, held)
+    _Run(config, identity, model, renderer, examples, emit).train()
+
+
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """What a run learns from, what it is validated by, and how many were dropped, by reason."""
+
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    drops: Mapping[str, int]
+    validation_drops: Mapping[str, int] = field(default_factory=dict)
+
+
+def _share_examples(config: TrainingConfig, renderer: Renderer, rows: Sequence[Row]) -> _Examples:
+    """A share of the rows validates."""
     rendered = renderer.render(rows, _KINDS[config.method])
     _check_teaches(config.method, rendered.examples, rendered.drops)
     training, validation = split_validation(
@@ -97,8 +121,27 @@ def train(config: TrainingConfig, emit: Emit) -> None:
     )
     if not _teaches(config.method, training):  # the slice took the last of them
         training, validation = list(rendered.examples), []
-    run = _Run(config, identity, model, renderer, training, validation, rendered.drops, emit)
-    run.train()
+    return _Examples(training, validation, rendered.drops)
+
+
+def _hold_examples(
+    config: TrainingConfig, renderer: Renderer, rows: Sequence[Row], held: Sequence[Row]
+) -> _Examples:
+    """A file of its own validates: all of it, and nothing that is near it trains."""
+    kinds = _KINDS[config.method]
+    validation = renderer.render(held, kinds)
+    if not validation.examples:
+        assert config.validation_file is not None
+        raise DataError(
+            f"{name_of(config.validation_file)}: nothing is left to validate with "
+            f"({_describe_drops(validation.drops) or 'the file is empty'})"
+        )
+    kept = leave_out_near(rows, [row for row in held if row.kind in kinds])
+    rendered = renderer.render(kept, kinds)
+    near = len(rows) - len(kept)
+    drops = {**rendered.drops, **({"near_validation": near} if near else {})}
+    _check_teaches(config.method, rendered.examples, drops)
+    return _Examples(rendered.examples, validation.examples, drops, validation.drops)
 
 
 def _prepare_torch(config: TrainingConfig) -> None:
@@ -109,13 +152,17 @@ def _prepare_torch(config: TrainingConfig) -> None:
 def _check_teaches(method: Method, examples: Sequence[Example], drops: Mapping[str, int]) -> None:
     if _teaches(method, examples):
         return
-    reasons = "; ".join(
-        f"{count} dropped as {reason} ({_WHAT_TO_DO[reason]})" for reason, count in drops.items()
-    )
     raise NothingToLearn(
         f"Nothing is left to train on: method {str(method)!r} needs {_TEACHES[method]} examples "
-        f"and found none ({reasons or 'the files are empty'})."
+        f"and found none ({_describe_drops(drops) or 'the files are empty'})."
     )
+
+
+def _describe_drops(drops: Mapping[str, int]) -> str:
+    reasons = (
+        f"{count} dropped as {reason} ({_WHAT_TO_DO[reason]})" for reason, count in drops.items()
+    )
+    return "; ".join(reasons)
 
 
 def _teaches(method: Method, examples: Sequence[Example]) -> bool:
@@ -163,20 +210,19 @@ class _Run:
         identity: Mapping[str, Any],
         model: TunedModel,
         renderer: Renderer,
-        training: Sequence[Example],
-        validation: Sequence[Example],
-        drops: Mapping[str, int],
+        examples: _Examples,
         emit: Emit,
     ) -> None:
         self._config = config
         self._identity = identity
         self._model = model
         self._renderer = renderer
-        self._training = training
-        self._validation = validation
-        self._drops = drops
+        self._training = examples.training
+        self._validation = examples.validation
+        self._drops = examples.drops
+        self._validation_drops = examples.validation_drops
         self._emit = emit
-        self._steps_per_epoch = math.ceil(len(training) / config.batch_size)
+        self._steps_per_epoch = math.ceil(len(self._training) / config.batch_size)
         self._steps = self._steps_per_epoch * config.epochs
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._checkpoints = Checkpoints(config.output_dir / CHECKPOINTS_FOLDER, digest)
@@ -394,6 +440,7 @@ class _Run:
             "examples": len(self._training),
             "validation_examples": len(self._validation),
             "dropped": dict(self._drops),
+            "validation_dropped": dict(self._validation_drops),
             "steps": progress.step,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
@@ -403,11 +450,14 @@ class _Run:
     def _tell_start(self, refused: Sequence[str]) -> None:
         count = len(self._training)
         said = f"Training on {count} examples for {self._steps} steps"
-        if self._validation:
-            said += f", {len(self._validation)} held back for validation"
-        if dropped := sum(self._drops.values()):
-            reasons = ", ".join(f"{number} {reason}" for reason, number in self._drops.items())
-            said += f", {dropped} dropped ({reasons})"
+        if self._config.validation_file is not None:
+            said += f", {len(self._validation)} of the validation file beside them"
+            said += _count_drops(self._validation_drops, "of it")
+            said += _count_drops(self._drops, "of the training rows")
+        else:
+            if self._validation:
+                said += f", {len(self._validation)} held back for validation"
+            said += _count_drops(self._drops)
         event: dict[str, Any] = {
             "event": "started",
             "examples": count,
@@ -415,6 +465,7 @@ class _Run:
             "steps": self._steps,
             "epochs": self._config.epochs,
             "dropped": dict(self._drops),
+            "validation_dropped": dict(self._validation_drops),
             "tokens": sum(example.tokens for example in self._training),
         }
         sentences = [f"{said}.", *refused]
@@ -443,6 +494,15 @@ class _Run:
         )
 
 
+def _count_drops(drops: Mapping[str, int], whose: str | None = None) -> str:
+    """The end of a sentence on how many were dropped and why; empty where none was."""
+    if not drops:
+        return ""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in drops.items())
+    among = f" {whose}" if whose else ""
+    return f", {sum(drops.values())}{among} dropped ({reasons})"
+
+
 def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -466,10 +526,17 @@ def _run_identity(config: TrainingConfig) -> dict[str, Any]:
     except BaseModelError as error:
         raise ConfigError(f"base_path: {error}") from None
     files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in config.train_files]
+    validation = config.validation_file
     warm_start = config.warm_start and config.warm_start / WEIGHTS_FILE
     return {
         "config": config.fingerprint(),
         "files": files,
+        # Absent otherwise, so that a run that an earlier version began is still the same run.
+        **(
+            {"validation_file": hashlib.sha256(validation.read_bytes()).hexdigest()}
+            if validation is not None
+            else {}
+        ),
         "base_revision": revision,
         "template_hash": template,
         "warm_start": (

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 from server.cli.app import app
 from server.settings import load_settings
 from tests.gateway_fixtures import RunningGateway
+from tuner.releases import create_release, get_deployment
 
 
 def burnish(*arguments: str) -> Result:
@@ -32,6 +34,34 @@ def test_the_lists_are_tables_or_json(at_gateway: RunningGateway) -> None:
     found = json.loads(burnish("releases", "--json").stdout)
     assert [release["name"] for release in found] == ["assistant@0"]
     assert "no data sets" in burnish("datasets").stdout
+
+
+def test_what_people_wrote_stands_in_a_table_as_it_is(at_gateway: RunningGateway) -> None:
+    suffix = "[/b]"
+    with at_gateway.database.write() as session:
+        deployment = get_deployment(session, "assistant")
+        texts: dict[str, Any] = {"system_prompt": None, "sampling": {}}
+        create_release(session, deployment, adapter=None, suffix=suffix, **texts)
+    found = burnish("releases")
+    assert (found.exit_code, suffix in found.stdout) == (0, True)
+    assert f"suffix: {suffix}" in burnish("releases", "show", "assistant@1").stdout
+
+
+def test_a_tuning_job_takes_a_suffix_and_a_validation_file(
+    at_gateway: RunningGateway, tmp_path: Path
+) -> None:
+    client = at_gateway.client()
+    files = [
+        client.post(
+            "/v1/files",
+            files={"file": json.dumps({"prompt": question, "completion": "Yes."})},
+            data={"purpose": "fine-tune"},
+        ).json()["id"]
+        for question in ("One?", "Two?")
+    ]
+    options = ("--dataset", files[0], "--validation", files[1], "--suffix", "short", "--json")
+    job = json.loads(burnish("tune", "assistant", *options).stdout)
+    assert (job["validation_file"], job["user_provided_suffix"]) == (files[1], "short")
 
 
 def test_credentials_stand_in_for_the_environment(

@@ -159,16 +159,40 @@ def test_what_cannot_be_trained_is_refused_by_name(
         ({"hyperparameters": {"epochs": 3}}, 400, "hyperparameters.epochs"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"r": 64}}, 400, "hyperparameters.r"),
-        ({"validation_file": "file-1"}, 400, "validation_file"),
-        ({"suffix": "mine"}, 400, "suffix"),
-        ({"integrations": [{"type": "wandb"}]}, 400, "integrations"),
+        ({"hyperparameters": {"n" * 65: 1}}, 400, None),
+        ({"hyperparameters": {f"n{n}": 1 for n in range(33)}}, 400, "hyperparameters"),
+        (
+            {
+                "hyperparameters": {"n_epochs": 1},
+                "method": {
+                    "type": "supervised",
+                    "supervised": {"hyperparameters": {"n_epochs": 1}},
+                },
+            },
+            400,
+            "hyperparameters",
+        ),
+        ({"method": {"type": "supervised", "reinforcement": {}}}, 400, "method.reinforcement"),
+        ({"method": {"type": "x" * 257}}, 400, "method.type"),
+        ({"validation_file": "file-1"}, 404, "validation_file"),
+        ({"validation_file": dataset.id}, 400, "validation_file"),
+        ({"suffix": ""}, 400, "suffix"),
+        ({"suffix": "s" * 65}, 400, "suffix"),
+        ({"suffix": "two\nlines"}, 400, "suffix"),
+        ({"integrations": [{}] * 17}, 400, "integrations"),
+        ({"integrations": "wandb"}, 400, "integrations"),
         ({"seed": -1}, 400, "seed"),
+        ({"seed": 2**31}, 400, "seed"),
+        ({"metadata": {f"k{n}": "v" for n in range(17)}}, 400, "metadata"),
         ({"priority": 1}, 400, "priority"),
     ]
     for change, status, param in refused:
         body = {"model": "assistant", "training_file": dataset.id, **change}
         reply = tuner.post("/v1/fine_tuning/jobs", json=body)
-        assert (reply.status_code, reply.json()["error"]["param"]) == (status, param), change
+        error = reply.json()["error"]
+        assert reply.status_code == status, change
+        assert error["param"] == param or param is None, change
+        assert len(error["message"]) < 400, change
     meaningless = {"validation_file": None, "suffix": None, "integrations": None}
     body = {"model": "assistant", "training_file": dataset.id, **meaningless}
     assert tuner.post("/v1/fine_tuning/jobs", json=body).status_code == 200
@@ -282,3 +306,94 @@ def test_an_upload_of_another_kind_than_the_method_learns_from_is_refused(
         model="assistant", training_file=files["preference"], method={"type": "dpo"}
     )
     assert made.status == "queued"
+
+
+def test_all_of_openais_fields_are_taken(
+    sqlite_gateway: RunningGateway, client: openai.OpenAI
+) -> None:
+    def upload(question: str) -> str:
+        row = {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "A bird."},
+            ]
+        }
+        return client.files.create(
+            file=("birds.jsonl", json.dumps(row).encode()), purpose="fine-tune"
+        ).id
+
+    trained, held = upload("Heron?"), upload("Stork?")
+    reply = client.fine_tuning.jobs.with_raw_response.create(
+        model="gpt-4o-mini",
+        training_file=trained,
+        validation_file=held,
+        suffix="short answers",
+        seed=2**31 - 1,
+        metadata={"team": "birds"},
+        integrations=[{"type": "wandb", "wandb": {"project": "birds"}}],
+        # Scripts repeat "auto" in the deprecated place.
+        hyperparameters={"n_epochs": "auto"},
+        method={
+            "type": "supervised",
+            "supervised": {
+                "hyperparameters": {
+                    "n_epochs": 2,
+                    "batch_size": "auto",
+                    "learning_rate_multiplier": "auto",
+                }
+            },
+        },
+    )
+    made = reply.parse()
+    assert reply.headers["x-burnish-ignored"] == "integrations"
+    assert (made.training_file, made.validation_file) == (trained, held)
+    assert (made.seed, made.metadata, made.integrations) == (2**31 - 1, {"team": "birds"}, [])
+    assert made.hyperparameters.n_epochs == 2
+    assert made.to_dict()["user_provided_suffix"] == "short answers"
+    assert client.fine_tuning.jobs.retrieve(made.id).to_dict() == made.to_dict()
+
+    # Until the job has ended, nobody takes what validates it away.
+    with pytest.raises(openai.ConflictError) as refused:
+        client.files.delete(held)
+    assert refused.value.code == "file_in_use"
+
+    with sqlite_gateway.database.write() as session:
+        job = jobs.claim_job(session, "worker", kinds=[JobKind.TUNE])
+        assert job is not None
+        told = [
+            NewEvent("Step 2.", type="metrics", data={"step": 2, "loss": 1.5}),
+            NewEvent("Epoch 1.", type="validation", data={"step": 2, "full_valid_loss": 1.25}),
+            NewEvent("Checkpoint at step 2.", type="checkpoint", data={"step": 2}),
+        ]
+        jobs.record_events(session, job, told)
+    (point,) = client.fine_tuning.jobs.checkpoints.list(made.id)
+    assert (point.metrics.train_loss, point.metrics.full_valid_loss) == (1.5, 1.25)
+    events = {event.message: event.type for event in client.fine_tuning.jobs.list_events(made.id)}
+    assert (events["Epoch 1."], events["Checkpoint at step 2."]) == ("metrics", "message")
+
+
+def test_a_strict_gateway_refuses_what_it_would_ignore(
+    sqlite_gateway: RunningGateway, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = sqlite_gateway.gateway.settings
+    strict = settings.gateway.model_copy(update={"strict": True})
+    monkeypatch.setattr(
+        sqlite_gateway.gateway, "settings", settings.model_copy(update={"gateway": strict})
+    )
+    tuner = sqlite_gateway.client(sqlite_gateway.key("tu", "tune"))
+    body = {"model": "assistant", "training_file": dataset.id}
+    refused = tuner.post("/v1/fine_tuning/jobs", json={**body, "integrations": [{"type": "wandb"}]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "integrations")
+    assert tuner.post("/v1/fine_tuning/jobs", json={**body, "integrations": []}).is_success
+
+
+def test_another_persons_upload_validates_nothing(
+    sqlite_gateway: RunningGateway, dataset: Dataset
+) -> None:
+    ann, ben = (sqlite_gateway.client(sqlite_gateway.key(who, "tune")) for who in ("ann", "ben"))
+    row = json.dumps({"prompt": "Heron?", "completion": "A bird."})
+    held = ann.post("/v1/files", files={"file": row}, data={"purpose": "fine-tune"}).json()["id"]
+    body = {"model": "assistant", "training_file": dataset.id, "validation_file": held}
+    refused = ben.post("/v1/fine_tuning/jobs", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (404, "validation_file")
+    assert ann.post("/v1/fine_tuning/jobs", json=body).is_success

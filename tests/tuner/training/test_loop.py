@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from tests.tuner.training.runs import (
     preference_rows,
     supervised_rows,
     train_here,
+    write_rows,
 )
 from tuner.adapters import check_adapter, content_hash
 from tuner.base_models import describe_base
 from tuner.training import loop
 from tuner.training.config import TrainingConfig
-from tuner.training.data import DataError
+from tuner.training.data import DataError, group_of
 from tuner.training.guards import GuardStopped
 from tuner.training.loop import NothingToLearn, epoch_order, learning_rate
 from tuner.training.model import TunedModel
@@ -209,6 +211,109 @@ def test_training_ends_early_and_keeps_the_best_epoch(tmp_path: Path, tiny_model
         }
     )
     assert of(train_here(again), "validation")[0]["loss"] == losses[best]
+
+
+def splits(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`rows` as a share of 0.4 divides them: training, validation."""
+    held = [int(group_of(row["prompt"])[:8], 16) < 0.4 * 2**32 for row in rows]
+    sides = [[row for row, is_held in zip(rows, held, strict=True) if is_held is side]
+             for side in (False, True)]  # fmt: skip
+    return sides[0], sides[1]
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_a_validation_file_takes_the_place_of_the_share(
+    tmp_path: Path, tiny_model: Path, method: str
+) -> None:
+    rows = supervised_rows(14) if method == "supervised" else mixed_rows()
+    changes: dict[str, Any] = {
+        "method": method,
+        "validation_share": 0.4,
+        "min_validation": 2,
+        "epochs": 4,
+        "learning_rate": 2e-2,
+        "max_kl": None,
+        "max_chosen_drop": None,
+    }
+    shared = train_here(build_config(tmp_path / "shared", tiny_model, rows, **changes))
+    training, held = splits(rows)
+    file = write_rows(tmp_path / "held.jsonl", held)
+    alone = train_here(
+        build_config(
+            tmp_path / "alone", tiny_model, training, **changes | {"min_validation": 100},
+            validation_file=file,
+        )
+    )  # fmt: skip
+
+    assert len(of(alone, "validation")) > 2
+    assert of(alone, "validation") == of(shared, "validation")
+    ends = [events[-1] for events in (shared, alone)]
+    assert content_hash(Path(ends[0]["adapter"])) == content_hash(Path(ends[1]["adapter"]))
+    before, after = (end["manifest"] for end in ends)
+    assert after["validation_examples"] == before["validation_examples"] == len(held)
+    assert after["validation_file"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert "validation_file" not in before
+    assert f"{len(held)} of the validation file" in of(alone, "started")[0]["message"]
+
+
+def test_rows_near_the_validation_file_never_train(tmp_path: Path, tiny_model: Path) -> None:
+    rows, held = supervised_rows(6), supervised_rows(3, seed=1)
+    question = held[0]["prompt"][0]["content"]
+    same_words = {**rows[0], "id": "w", "prompt": [{"role": "user", "content": f"“{question}”!"}]}
+    goes_on = [
+        {"role": "user", "content": question.upper()},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Why?"},
+    ]
+    near = [held[0], same_words, {**rows[0], "id": "c", "prompt": goes_on}]
+    file = write_rows(tmp_path / "held.jsonl", [*held, *preference_rows(2)])
+    ends = [
+        train_here(
+            build_config(tmp_path / name, tiny_model, trained, validation_file=file)
+        )[-1]
+        for name, trained in (("clean", rows), ("mixed", [*rows, *near]))
+    ]  # fmt: skip
+
+    clean, mixed = (end["manifest"] for end in ends)
+    assert content_hash(Path(ends[0]["adapter"])) == content_hash(Path(ends[1]["adapter"]))
+    assert (clean["examples"], mixed["examples"]) == (6, 6)
+    assert (clean["dropped"], mixed["dropped"]) == ({}, {"near_validation": 3})
+    assert mixed["validation_dropped"] == {"other_kind": 2}
+
+    with pytest.raises(NothingToLearn, match="3 dropped as near_validation") as refused:
+        train_here(build_config(tmp_path / "none", tiny_model, near, validation_file=file))
+    assert "give others" in str(refused.value)
+
+
+def test_a_run_is_another_when_its_validation_file_changes(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    file = write_rows(tmp_path / "held.jsonl", supervised_rows(3, seed=1))
+    config = build_config(tmp_path, tiny_model, supervised_rows(6), validation_file=file)
+    assert "resumed_at_step" not in train_here(config)[0]
+    assert train_here(config)[0]["resumed_at_step"] == 4
+    write_rows(file, supervised_rows(3, seed=2))
+    begun = train_here(config)[0]
+    assert "resumed_at_step" not in begun
+    assert "other settings, data or libraries" in begun["message"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (preference_rows(2), r"up/held\.jsonl: nothing is left to validate with \(2 dropped as "),
+        ([], r"up/held\.jsonl: nothing is left to validate with \(the file is empty\)"),
+        ([{"prompt": "no messages", "completion": []}], r"up/held\.jsonl, line 1: "),
+    ],
+)
+def test_a_validation_file_that_cannot_serve_is_named(
+    tmp_path: Path, tiny_model: Path, rows: list[dict[str, Any]], said: str
+) -> None:
+    (tmp_path / "up").mkdir()
+    file = write_rows(tmp_path / "up" / "held.jsonl", rows)
+    config = build_config(tmp_path, tiny_model, supervised_rows(4), validation_file=file)
+    with pytest.raises(DataError, match=said):
+        train_here(config)
 
 
 @pytest.mark.parametrize(
