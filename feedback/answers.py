@@ -1,8 +1,7 @@
-"""Answers: how they are recorded, which conversation they belong to, who may read and delete them.
+"""Answers: which conversation they belong to, who may read and delete them.
 
-Owns: the rows of `answers` and their text, the derivation of conversations, stored completions as
-OpenAI's API lists them. Statements for many rows at once, for the recorder's groups. Does not own:
-the recorder's thread (`server/recorder.py`), judgements.
+Owns: the hashes by which a conversation is found, stored completions as OpenAI's API lists them.
+Does not own: how answers come into the database (`recording.py`), judgements.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, or_, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from feedback.db import canonical_json, new_id, now
+from feedback.db import canonical_json
 from feedback.errors import NotFound
 from feedback.people import Viewer
 from feedback.tables import (
@@ -48,56 +46,6 @@ class EarlierAnswer:
     release: str
 
 
-@dataclass(slots=True)
-class StartedAnswer:
-    """A request that is about to be sent to an engine; the fields are those of `Answer`."""
-
-    id: str
-    person_id: str
-    key_id: str | None
-    deployment: str | None
-    release: str
-    requested_model: str
-    arm: str
-    propensity: float
-    generation: int
-    engine: str | None
-    gateway: str
-    kind: str
-    messages: list[dict[str, Any]]  #: as the engine gets them, ours marked
-    prefix_hash: str
-    root_hash: str
-    sampling: dict[str, Any]
-    template_hash: str | None = None
-    tools: list[dict[str, Any]] | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-    external_conversation_id: str | None = None
-    earlier: EarlierAnswer | None = None
-    stored: bool = True
-    trainable: bool = True
-    started_at: datetime = field(default_factory=now)
-
-
-@dataclass(slots=True)
-class EndedAnswer:
-    """How an answer ended; `choices` are OpenAI's `{index, message, finish_reason}`, by index."""
-
-    id: str
-    person_id: str
-    status: AnswerStatus
-    choices: list[dict[str, Any]]
-    #: the caller's, for the hash by which the next turn finds this answer
-    messages: list[dict[str, Any]]
-    reasoning: list[str | None] | None = None
-    stored: bool = True
-    error_code: str | None = None
-    engine: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    first_token_at: datetime | None = None
-    ended_at: datetime = field(default_factory=now)
-
-
 def text_of(content: Any) -> str:
     """The text of a message's `content`: a string, or a list of parts whose texts are joined."""
     if isinstance(content, str):
@@ -107,14 +55,31 @@ def text_of(content: Any) -> str:
     return ""
 
 
-def messages_hash(person_id: str, messages: Iterable[Message]) -> str:
+class MessagesHash:
     """Names the beginning of a conversation: sha256 over person and what was said, 32 hex digits.
 
     Only role, text, tool calls and tool results count, outer white space does not: clients send
     their history back with other fields than they received.
     """
-    digest = hashlib.sha256(person_id.encode())
-    for message in messages:
+
+    __slots__ = ("_digest",)
+
+    def __init__(self, person_id: str, messages: Iterable[Message] = ()) -> None:
+        self._digest = hashlib.sha256(person_id.encode())
+        for message in messages:
+            self._add(message)
+
+    def after(self, message: Message) -> str:
+        """The hash with one more message; this one stays as it is."""
+        longer = MessagesHash.__new__(MessagesHash)
+        longer._digest = self._digest.copy()
+        longer._add(message)
+        return str(longer)
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:32]
+
+    def _add(self, message: Message) -> None:
         calls = [
             [
                 call.get("id"),
@@ -129,8 +94,12 @@ def messages_hash(person_id: str, messages: Iterable[Message]) -> str:
             calls,
             message.get("tool_call_id"),
         ]
-        digest.update(canonical_json(part).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
+        self._digest.update(canonical_json(part).encode("utf-8", "surrogatepass"))
+
+
+def messages_hash(person_id: str, messages: Iterable[Message]) -> str:
+    """`MessagesHash` of all of `messages`."""
+    return str(MessagesHash(person_id, messages))
 
 
 def root_hash(messages: Iterable[Message]) -> str:
@@ -190,226 +159,6 @@ def was_answered(session: Session, person_id: str, prefix_hash: str) -> bool:
         .limit(1)
     )
     return found is not None
-
-
-# The recorder's statements. Built once, and run on the session's connection, not by the session:
-# every answer pays for them, and the ORM's bulk machinery took half of a group's time.
-
-_NEW_CONVERSATION = insert(Conversation)
-_NEW_ANSWER = insert(Answer)
-_NEW_TEXT = insert(AnswerText)
-_NEW_METADATA = insert(AnswerMetadata)
-_NEW_CONTINUATION = insert(AnswerContinuation)
-_NEWEST_OF_PREFIX = (
-    select(Answer.person_id, Answer.id, Answer.conversation_id)
-    .where(Answer.prefix_hash == bindparam("prefix"))
-    .order_by(Answer.id.desc())
-    .limit(1)
-)
-_AWAITED = (
-    select(Answer.id)
-    .where(
-        Answer.id.in_(bindparam("ids", expanding=True)),
-        Answer.status == AnswerStatus.STARTED,
-    )
-    .order_by(Answer.id)
-    .with_for_update()
-)
-_END = (
-    update(Answer)
-    .where(Answer.id == bindparam("b_id"))
-    .values(
-        status=bindparam("b_status"),
-        error_code=bindparam("b_error_code"),
-        engine=bindparam("b_engine"),
-        prompt_tokens=bindparam("b_prompt_tokens"),
-        completion_tokens=bindparam("b_completion_tokens"),
-        first_token_at=bindparam("b_first_token_at"),
-        ended_at=bindparam("b_ended_at"),
-    )
-)
-_END_TEXT = (
-    update(AnswerText)
-    .where(AnswerText.answer_id == bindparam("b_id"))
-    .values(choices=bindparam("b_choices"), reasoning=bindparam("b_reasoning"))
-)
-
-
-def record_started(session: Session, batch: Sequence[StartedAnswer]) -> None:
-    """Insert `batch` as `started`, each in its conversation."""
-    answers: list[dict[str, Any]] = []
-    texts: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
-    conversations: dict[str, dict[str, Any]] = {}
-    same_prefix = _find_same_prefix(session, batch)
-    named = _find_named_conversations(session, batch)
-    for item in batch:
-        before = same_prefix.get((item.person_id, item.prefix_hash))
-        conversation_id = named.get((item.person_id, item.external_conversation_id or ""))
-        if conversation_id is None and item.external_conversation_id is None:
-            if item.earlier is not None:
-                conversation_id = item.earlier.conversation_id
-            elif before is not None:
-                conversation_id = before[1]
-        if conversation_id is None:
-            conversation_id = new_id("conv_")
-            conversations[conversation_id] = {
-                "id": conversation_id,
-                "person_id": item.person_id,
-                "external_id": item.external_conversation_id,
-                "root_hash": item.root_hash,
-                "created_at": item.started_at,
-            }
-            if item.external_conversation_id is not None:
-                named[item.person_id, item.external_conversation_id] = conversation_id
-        regenerates = before[0] if before is not None and before[1] == conversation_id else None
-        same_prefix[item.person_id, item.prefix_hash] = (item.id, conversation_id)
-        answers.append(_answer_values(item, conversation_id, regenerates))
-        if item.stored:
-            texts.append(
-                {
-                    "answer_id": item.id,
-                    "messages": item.messages,
-                    "tools": item.tools,
-                    "choices": None,
-                    "reasoning": None,
-                }
-            )
-        pairs.extend({"answer_id": item.id, "key": k, "value": v} for k, v in item.metadata.items())
-    connection = session.connection()
-    if conversations:
-        connection.execute(_NEW_CONVERSATION, list(conversations.values()))
-    connection.execute(_NEW_ANSWER, answers)
-    if texts:
-        connection.execute(_NEW_TEXT, texts)
-    if pairs:
-        connection.execute(_NEW_METADATA, pairs)
-
-
-def _answer_values(
-    item: StartedAnswer, conversation_id: str, regenerates: str | None
-) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "person_id": item.person_id,
-        "key_id": item.key_id,
-        "deployment": item.deployment,
-        "release": item.release,
-        "requested_model": item.requested_model,
-        "arm": item.arm,
-        "propensity": item.propensity,
-        "generation": item.generation,
-        "engine": item.engine,
-        "gateway": item.gateway,
-        "kind": item.kind,
-        "conversation_id": conversation_id,
-        "parent_id": item.earlier.id if item.earlier is not None else None,
-        "regenerates_id": regenerates,
-        "prefix_hash": item.prefix_hash,
-        "stored": item.stored,
-        "trainable": item.trainable,
-        "template_hash": item.template_hash,
-        "sampling": item.sampling,
-        "status": AnswerStatus.STARTED,
-        "started_at": item.started_at,
-        "revision": 0,
-    }
-
-
-def _find_same_prefix(
-    session: Session, batch: Sequence[StartedAnswer]
-) -> dict[tuple[str, str], tuple[str, str]]:
-    """(person, prefix hash) → (answer, conversation) of the newest answer to the same messages."""
-    # One index seek for each, however often the same was asked before.
-    connection, found = session.connection(), {}
-    for prefix in sorted({item.prefix_hash for item in batch}):
-        row = connection.execute(_NEWEST_OF_PREFIX, {"prefix": prefix}).first()
-        if row is not None:
-            found[row.person_id, prefix] = (row.id, row.conversation_id)
-    return found
-
-
-def _find_named_conversations(
-    session: Session, batch: Sequence[StartedAnswer]
-) -> dict[tuple[str, str], str]:
-    names = {
-        item.external_conversation_id for item in batch if item.external_conversation_id is not None
-    }
-    if not names:
-        return {}
-    rows = session.execute(
-        select(Conversation.person_id, Conversation.external_id, Conversation.id).where(
-            Conversation.external_id.in_(names)
-        )
-    )
-    return {(person, name or ""): conversation for person, name, conversation in rows}
-
-
-def record_ended(session: Session, batch: Sequence[EndedAnswer]) -> None:
-    """Write how the answers of `batch` ended.
-
-    An answer that is no longer `started` stays as it is.
-    """
-    connection = session.connection()
-    awaited = set(connection.scalars(_AWAITED, {"ids": [item.id for item in batch]}))
-    ending = {item.id: item for item in reversed(batch) if item.id in awaited}
-    batch = list(ending.values())
-    if not batch:
-        return
-    connection.execute(
-        _END,
-        [
-            {
-                "b_id": item.id,
-                "b_status": item.status,
-                "b_error_code": item.error_code,
-                "b_engine": item.engine,
-                "b_prompt_tokens": item.prompt_tokens,
-                "b_completion_tokens": item.completion_tokens,
-                "b_first_token_at": item.first_token_at,
-                "b_ended_at": item.ended_at,
-            }
-            for item in batch
-        ],
-    )
-    kept = [item for item in batch if item.stored]
-    if not kept:
-        return
-    connection.execute(
-        _END_TEXT,
-        [
-            {"b_id": item.id, "b_choices": item.choices, "b_reasoning": item.reasoning}
-            for item in kept
-        ],
-    )
-    continuations = [
-        {
-            "answer_id": item.id,
-            "choice_index": choice["index"],
-            "hash": messages_hash(item.person_id, [*item.messages, choice["message"]]),
-        }
-        for item in kept
-        for choice in item.choices
-        if "message" in choice
-    ]
-    if continuations:
-        connection.execute(_NEW_CONTINUATION, continuations)
-
-
-def interrupt_started(session: Session, gateway: str | None = None) -> int:
-    """Mark answers that a stopped gateway left `started` as interrupted; the number of them.
-
-    `gateway` limits it to that gateway's own; None: all, where there is one gateway only.
-    """
-    statement = update(Answer).where(Answer.status == AnswerStatus.STARTED)
-    if gateway is not None:
-        statement = statement.where(Answer.gateway == gateway)
-    result = session.execute(
-        statement.values(
-            status=AnswerStatus.INTERRUPTED, error_code="gateway_stopped", ended_at=now()
-        )
-    )
-    return int(getattr(result, "rowcount", 0))
 
 
 def get_answer(session: Session, answer_id: str, viewer: Viewer) -> Answer:

@@ -8,11 +8,12 @@ are. Does not own: tables (`tables.py` of each package) or the schema's history
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -20,7 +21,9 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     Engine,
+    ExceptionContext,
     MetaData,
+    PoolProxiedConnection,
     Text,
     TypeDecorator,
     create_engine,
@@ -29,10 +32,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Session
 
+KEPT_SECONDS = 1.0  #: an idle connection to PostgreSQL is looked at after that before it is used
+
 MINIMUM_SQLITE = (3, 51, 3)
 """Older releases can corrupt a WAL with several writers (SQLite's WAL-reset defect)."""
 
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+_CROCKFORD_PAIRS = [high + low for high in _CROCKFORD for low in _CROCKFORD]
+_chance: list[bytes] = []  #: each is used once; a list's pop is one step for all threads
 _CANONICAL = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 )
@@ -102,12 +109,73 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def _take_chance() -> bytes:
+    """80 bits out of the kernel's, which are asked for in larger pieces."""
+    try:
+        return _chance.pop()
+    except IndexError:
+        piece = os.urandom(10 * 256)
+        _chance.extend(piece[at : at + 10] for at in range(0, len(piece), 10))
+        return os.urandom(10)
+
+
 def new_id(prefix: str) -> str:
     """A fresh identifier that sorts by time: `prefix` and a ULID (48 bits of milliseconds, 80 of
     chance).
     """
-    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
-    return prefix + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(_take_chance())
+    return prefix + "".join(
+        [_CROCKFORD_PAIRS[number >> shift & 1023] for shift in range(120, -1, -10)]
+    )
+
+
+class Driver:
+    """Statements as the driver takes them, on its cursor.
+
+    They are written with `?`. Values are what the driver knows: text, numbers, None.
+    """
+
+    def __init__(self, cursor: Any, *, is_sqlite: bool) -> None:
+        self._cursor = cursor
+        self.is_sqlite = is_sqlite
+
+    @classmethod
+    def of(cls, session: Session) -> Driver:
+        """In the transaction of a session."""
+        connection = session.connection()
+        is_sqlite = connection.dialect.name == "sqlite"
+        return cls(connection.connection.cursor(), is_sqlite=is_sqlite)
+
+    def run(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Once for each of `rows`."""
+        if rows:
+            self._cursor.executemany(self._own(statement), rows)
+
+    def insert(self, table: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+        """All have the same columns."""
+        if rows:
+            self.run(_insertion(table, tuple(rows[0])), [tuple(row.values()) for row in rows])
+
+    def rows(self, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
+        """What a query finds."""
+        self._cursor.execute(self._own(statement), values)
+        found: Sequence[Any] = self._cursor.fetchall()
+        return found
+
+    def time(self, value: datetime | None) -> Any:
+        """As `UtcDateTime` keeps it: text without the offset on SQLite."""
+        if value is None or not self.is_sqlite:
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+
+    def _own(self, statement: str) -> str:
+        return statement if self.is_sqlite else statement.replace("?", "%s")
+
+
+@cache
+def _insertion(table: type[Base], columns: tuple[str, ...]) -> str:
+    names = ", ".join(f'"{name}"' for name in columns)
+    return f"INSERT INTO {table.__tablename__} ({names}) VALUES ({', '.join('?' * len(columns))})"
 
 
 class Database:
@@ -125,8 +193,16 @@ class Database:
             if self.url.drivername == "postgresql":
                 self.url = self.url.set(drivername="postgresql+psycopg")
             self.engine = create_engine(
-                self.url, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True
+                self.url,
+                pool_size=pool_size,
+                max_overflow=pool_size,
+                pool_pre_ping=True,
+                hide_parameters=True,
             )
+            event.listen(self.engine, "handle_error", _leave_values_out)
+        self._kept: PoolProxiedConnection | None = None
+        self._kept_since = 0.0
+        self._kept_durable = True
         self._write_engine = self.engine.execution_options(burnish_write=True)
         # PostgreSQL's default takes a new snapshot for each statement.
         self._read_engine = (
@@ -151,9 +227,61 @@ class Database:
         with Session(self._write_engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    @contextmanager
+    def transaction(self, *, durable: bool) -> Iterator[Driver]:
+        """A write transaction of the driver's own, on a connection that is kept for it.
+
+        For one thread, which writes all the time. Errors are the driver's. What is not `durable`
+        survives every crash of a process; one of the machine only once a later commit that is
+        durable has been made, by anybody.
+        """
+        kept = self._take_kept()
+        cursor = kept.cursor()
+        try:
+            if self.is_sqlite:
+                if durable is not self._kept_durable:
+                    cursor.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                    self._kept_durable = durable
+                cursor.execute("BEGIN IMMEDIATE")
+            elif not durable:
+                cursor.execute("SET LOCAL synchronous_commit TO OFF")
+            yield Driver(cursor, is_sqlite=self.is_sqlite)
+            kept.commit()
+        except BaseException:
+            try:
+                kept.rollback()
+            except Exception:  # whatever it is, the next transaction has a new connection
+                kept.invalidate()
+                self._kept = None
+            raise
+        finally:
+            cursor.close()
+        self._kept_since = time.monotonic()
+
+    def _take_kept(self) -> PoolProxiedConnection:
+        idle = time.monotonic() - self._kept_since > KEPT_SECONDS
+        if self._kept is not None and idle and not self.is_sqlite:
+            self._kept.close()  # back into the pool, which looks whether the server is still there
+            self._kept = None
+        if self._kept is None:
+            self._kept, self._kept_durable = self.engine.raw_connection(), True
+        return self._kept
+
     def dispose(self) -> None:
-        """Close all pooled connections."""
+        """Close all connections."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
         self.engine.dispose()
+
+
+def _leave_values_out(context: ExceptionContext) -> None:
+    """Errors get into logs, and what people wrote does not: SQLAlchemy is told to leave parameters
+    out, and PostgreSQL repeats the row that it refuses in the error's details.
+    """
+    for error in (context.original_exception, context.sqlalchemy_exception):
+        if error is not None and error.args and isinstance(error.args[0], str):
+            error.args = (error.args[0].partition("\nDETAIL:")[0], *error.args[1:])
 
 
 def _create_sqlite_engine(url: str) -> Engine:
@@ -165,7 +293,9 @@ def _create_sqlite_engine(url: str) -> Engine:
             "newer is needed (older ones can corrupt a write-ahead log); upgrade the package "
             "'pysqlite3'"
         )
-    engine = create_engine(url, module=dbapi2, connect_args={"timeout": 10.0})
+    # The writer's statements come in as many lengths as its groups.
+    options = {"timeout": 10.0, "cached_statements": 256}
+    engine = create_engine(url, module=dbapi2, connect_args=options, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _record: Any) -> None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint
+from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from feedback.db import Base, CanonicalJson, UtcDateTime, now
@@ -87,7 +87,7 @@ class Conversation(Base):
     __table_args__ = (UniqueConstraint("person_id", "external_id"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)  #: conv_…
-    person_id: Mapped[str] = mapped_column(ForeignKey("people.id", ondelete="CASCADE"), index=True)
+    person_id: Mapped[str] = mapped_column(ForeignKey("people.id", ondelete="CASCADE"))
     external_id: Mapped[str | None]  #: the client's own name for it
     root_hash: Mapped[str]  #: of the normalised first user turn: decides the side of the split
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
@@ -100,10 +100,15 @@ class Answer(Base):
     __table_args__ = (
         Index("ix_answers_person_id_id", "person_id", "id"),
         Index("ix_answers_deployment_id", "deployment", "id"),
-        Index("ix_answers_release_id", "release", "id"),
         Index("ix_answers_conversation_id_id", "conversation_id", "id"),
         Index("ix_answers_prefix_hash", "prefix_hash", "id"),
-        Index("ix_answers_gateway_status", "gateway", "status"),
+        # Of those alone that have begun and not ended: every answer comes and goes.
+        Index(
+            "ix_answers_started",
+            "gateway",
+            sqlite_where=text("status = 'started'"),
+            postgresql_where=text("status = 'started'"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)  #: the id that the client received

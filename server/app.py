@@ -11,29 +11,31 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.db import Database
-from server import endpoints
+from server import endpoints, request_ids
 from server.auth import check_routes
 from server.bounds import BoundedHttpProtocol
-from server.endpoints.chat import CHAT_PATH, TEXT_PATH
-from server.errors import add_error_handlers
+from server.endpoints.chat import Completions
+from server.errors import add_error_handlers, describe_error
 from server.gateway import Gateway, build_gateway, running, sole_gateway
 from server.idempotency import REPLAYED_HEADER
 from server.limits import LimitRequests
 from server.machine import installed_version
 from server.metrics import CountRequests
+from server.openapi import DescribedApi
+from server.proxy import ALWAYS
 from server.settings import Settings
+from server.upgrade import check_schema
 from server.wire import IGNORED_HEADER
 from tuner.base_models import BaseModel, describe_base
-
-_ALWAYS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 _EXPOSED = (
     "x-request-id",
@@ -59,7 +61,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         async with running(gateway):
             yield
 
-    app = FastAPI(
+    app = Application(
         title="Burnish",
         description="An OpenAI-compatible chat service that is polished by its users.",
         version=installed_version("burnish") or "0",
@@ -71,40 +73,72 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.state.gateway = gateway
     add_error_handlers(app)
     for router in endpoints.ROUTERS:
-        app.include_router(router, responses=endpoints.ERRORS)
+        app.include_router(router)
     check_routes(app.routes)
     # The last one added is the outermost: a refusal has the headers of every reply too.
-    app.add_middleware(
-        LimitRequests, gateway=gateway, token_paths=frozenset({CHAT_PATH, TEXT_PATH})
-    )
-    app.add_middleware(AlwaysHeaders)
+    app.add_middleware(LimitRequests, gateway=gateway)
+    app.add_middleware(IdentifyRequests)
     app.add_middleware(CountRequests, figures=gateway.figures)
+    app.completions = Completions(gateway)
     if origins := gateway.settings.gateway.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST", "PATCH", "DELETE"],
-            allow_headers=["*"],  # clients send headers of their own; keys are no cookies
-            expose_headers=_EXPOSED,
-        )
+        sharing: dict[str, Any] = {
+            "allow_origins": origins,
+            "allow_methods": ["GET", "POST", "PATCH", "DELETE"],
+            "allow_headers": ["*"],  # clients send headers of their own; keys are no cookies
+            "expose_headers": _EXPOSED,
+        }
+        app.add_middleware(CORSMiddleware, **sharing)
+        app.completions = CORSMiddleware(app.completions, **sharing)
     return app
 
 
-class AlwaysHeaders:
-    """Adds the headers that every reply has."""
+class Application(DescribedApi):
+    """FastAPI, except for the two routes that people wait for."""
+
+    completions: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if Completions.answers(scope):
+            await self.completions(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+class IdentifyRequests:
+    """Gives each request its id, and each reply that and the headers that all have; pure ASGI.
+
+    uvicorn runs each request in a task of its own, so nothing has to be put back at the end. A
+    fault that no handler renders becomes a reply here and not further out, where it would be
+    neither counted nor readable for other origins.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = (*ALWAYS, (request_ids.HEADER, request_ids.identify(scope).encode("ascii")))
+        has_begun = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _ALWAYS.items():
-                    headers.setdefault(name, value)
+                has_begun = True
+                given = message["headers"]
+                names = {name for name, _ in given}
+                message["headers"] = [*given, *(pair for pair in headers if pair[0] not in names)]
             await send(message)
 
-        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            if has_begun:
+                raise
+            status, envelope, more = describe_error(error)
+            reply = JSONResponse(envelope, status, headers=more)
+            await reply(scope, receive, send_with_headers)
 
 
 class GatewayServer(uvicorn.Server):
@@ -126,12 +160,14 @@ class GatewayServer(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Run one gateway until SIGTERM or SIGINT; the exit status.
 
-    Raises DatabaseUnfit where another gateway has the SQLite file, BaseModelError.
+    Raises DatabaseUnfit where another gateway has the SQLite file or the schema is of another
+    version, BaseModelError.
     """
     gateway = build_gateway(settings, read_base(settings), Database(settings.database_url))
     server = GatewayServer(build_config(create_app(gateway), settings), gateway)
     _collect_garbage_rarely()
     try:
+        check_schema(gateway.database)
         with sole_gateway(gateway.database):
             server.run()
     finally:

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from feedback.errors import AppError, BadRequest, Conflict, NotReady, RateLimited
 
@@ -106,8 +107,44 @@ def fault_of_engine(status: int, body: bytes, *, names: Mapping[str, str]) -> Ap
     if status == 404:
         return NotLoaded("the engine does not have the release loaded yet; try again")
     if status in (400, 413, 422):  # the caller's doing, in the engine's words
-        return BadRequest(message, param=param if isinstance(param, str) else None)
+        too_long = "maximum context length" in message
+        return BadRequest(
+            message,
+            param=param if isinstance(param, str) else None,
+            # OpenAI's code, by which callers know that they have to shorten the conversation.
+            code="context_length_exceeded" if too_long else None,
+        )
     return EngineFault(f"the engine failed: {message}")  # its 401 and 429 mean the gateway
+
+
+_UNKNOWN = envelope("internal error; the log has it", type="server_error", code="internal_error")
+"""What is told of a fault that nobody foresaw."""
+
+
+def describe_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, envelope and headers for whatever ended a request; what is ours is logged."""
+    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        logger.error(
+            "Database unavailable", extra={"action": "database_unavailable"}, exc_info=error
+        )
+        error = NotReady(
+            "the database cannot be used right now; try again", code="database_unavailable"
+        )
+    if isinstance(error, AppError):
+        return error.status, envelope_of(error), headers_of(error)
+    logger.error("Request failed", extra={"action": "request_failed"}, exc_info=error)
+    return 500, _UNKNOWN, {}
+
+
+def _list_methods(request: Request) -> list[str]:
+    """What the path of a request may be asked with: all routes of the template that it fits first.
+
+    Starlette names the methods of one route.
+    """
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    fits = (route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    template = next(fits, None)
+    return sorted({m for route in routes if route.path == template for m in route.methods or ()})
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -116,9 +153,8 @@ def add_error_handlers(app: FastAPI) -> None:
     def render(status: int, body: Any, headers: Mapping[str, str] | None = None) -> JSONResponse:
         return JSONResponse(body, status, headers=dict(headers or {}))
 
-    async def on_app_error(_request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, AppError)
-        return render(error.status, envelope_of(error), headers_of(error))
+    async def on_error(_request: Request, error: Exception) -> JSONResponse:
+        return render(*describe_error(error))
 
     async def on_validation_error(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -135,30 +171,26 @@ def add_error_handlers(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code == 404:
             message = f"no such path: {request.method} {request.url.path}"
+        headers = error.headers
+        if error.status_code == 405:
+            headers = {"allow": ", ".join(_list_methods(request))}
         kind = _TYPES.get(error.status_code, "server_error")
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return render(error.status_code, envelope(message, type=kind, code=code), error.headers)
+        return render(error.status_code, envelope(message, type=kind, code=code), headers)
 
-    async def on_database_error(_request: Request, error: Exception) -> JSONResponse:
+    async def on_broken_reply(request: Request, error: Exception) -> JSONResponse:
+        # Its message has the reply's values, which may be what people wrote.
+        assert isinstance(error, ResponseValidationError)
+        faults = [(".".join(map(str, f["loc"][1:2])), f["type"]) for f in error.errors()]
+        where = sorted({f"{place}: {kind}" for place, kind in faults})
         logger.error(
-            "Database unavailable", extra={"action": "database_unavailable"}, exc_info=error
+            "Reply is not of its own form",
+            extra={"action": "reply_broken", "route": request.scope["route"].path, "where": where},
         )
-        busy = NotReady(
-            "the database cannot be used right now; try again", code="database_unavailable"
-        )
-        return render(busy.status, envelope_of(busy), headers_of(busy))
+        return render(500, _UNKNOWN)
 
-    async def on_anything(_request: Request, error: Exception) -> JSONResponse:
-        logger.error("Request failed", extra={"action": "request_failed"}, exc_info=error)
-        return render(
-            500,
-            envelope("internal error; the log has it", type="server_error", code="internal_error"),
-        )
-
-    app.add_exception_handler(AppError, on_app_error)
+    for fault in (AppError, OperationalError, InterfaceError, PoolTimeout, Exception):
+        app.add_exception_handler(fault, on_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(ResponseValidationError, on_broken_reply)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(OperationalError, on_database_error)
-    app.add_exception_handler(InterfaceError, on_database_error)
-    app.add_exception_handler(PoolTimeout, on_database_error)
-    app.add_exception_handler(Exception, on_anything)

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from feedback.answers import interrupt_started
 from feedback.db import Database, DatabaseUnfit, new_id
 from feedback.errors import AppError
 from feedback.people import find_or_create_person
+from feedback.recording import interrupt_started
 from server.auth import Caller, KeyView, check_scope, end_user_of
 from server.engines.base import EngineAddress
 from server.engines.fleet import Fleet, managed_address
@@ -31,6 +31,8 @@ from server.recorder import Recorder
 from server.routing import ReleaseView, Snapshot
 from server.settings import Settings
 from server.snapshot import Directory
+from server.tracing import Tracer, build_tracer
+from server.writer import writer_lock
 from tuner.adapters import AdapterRefused, AdapterStore
 from tuner.base_models import BaseModel
 from tuner.tables import Adapter
@@ -52,6 +54,7 @@ class Gateway:
     limits: LimitBook
     figures: Figures = field(default_factory=Figures)
     id: str = field(default_factory=lambda: new_id("gw_"))
+    tracer: Tracer | None = None  #: None: tracing is off
     stopping: bool = False
     _people: dict[tuple[str, str], str] = field(default_factory=dict)
     _moves: dict[str, asyncio.Lock] = field(default_factory=dict)
@@ -178,9 +181,18 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
             yield
 
     directory = Directory(database, base.name, before_flip)
-    recorder = Recorder(database, settings.data / "dead-letters.jsonl")
+    recorder = Recorder(
+        database,
+        settings.data / "dead-letters.jsonl",
+        own_process=settings.gateway.writer == "process",
+        lock=_lock_path(database, "writer"),
+        log_level=settings.log_level,
+    )
     limits = LimitBook(Limits(**settings.limits.model_dump()))
-    return Gateway(settings, base, database, recorder, directory, fleet, store, limits)
+    gateway = Gateway(settings, base, database, recorder, directory, fleet, store, limits)
+    if settings.tracing.enabled:
+        gateway.tracer = build_tracer(gateway.id)
+    return gateway
 
 
 @asynccontextmanager
@@ -190,7 +202,7 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
     Whoever starts it holds `sole_gateway`.
     """
     await asyncio.to_thread(_interrupt_leftovers, gateway.database)
-    gateway.recorder.start()
+    await gateway.recorder.start()
     try:
         await gateway.directory.refresh()
         interval = gateway.settings.gateway.refresh_seconds
@@ -207,13 +219,15 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
             await asyncio.gather(*tasks, return_exceptions=True)
             await gateway.fleet.close()
     finally:
-        await asyncio.to_thread(gateway.recorder.stop)
+        await gateway.recorder.stop()
+        if gateway.tracer is not None:
+            await asyncio.to_thread(gateway.tracer.close)
 
 
 def _interrupt_leftovers(database: Database) -> None:
     if not database.is_sqlite:
         return  # other gateways may be answering; theirs are not ours to end
-    with database.write() as session:
+    with writer_lock(_lock_path(database, "writer")), database.write() as session:
         left = interrupt_started(session)
     if left:
         logger.warning(
@@ -228,13 +242,20 @@ def sole_gateway(database: Database) -> Iterator[None]:
 
     Raises DatabaseUnfit for a second.
     """
-    if not database.is_sqlite or not database.url.database:
+    lock = _lock_path(database, "gateway")
+    if lock is None:
         yield
         return
-    lock = Path(database.url.database).with_suffix(".gateway.lock")
     with lock.open("a+", encoding="utf-8") as file:
         _lock(file, lock)
         yield
+
+
+def _lock_path(database: Database, holder: str) -> Path | None:
+    """The lock file of one `holder` beside an SQLite file; None where several may be."""
+    if not database.is_sqlite or not database.url.database:
+        return None
+    return Path(database.url.database).with_suffix(f".{holder}.lock")
 
 
 def _lock(file: IO[str], path: Path) -> None:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Clock = Callable[[], float]
 
-ADMISSION = "burnish.admission"  #: where the ASGI scope holds the request's `Admission`
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -46,6 +44,9 @@ class Limits:
             tokens_per_minute=by.get("tokens_per_minute", self.tokens_per_minute),
             concurrent_requests=by.get("concurrent_requests", self.concurrent_requests),
         )
+
+
+_UNLIMITED = Limits()
 
 
 class Bucket:
@@ -136,15 +137,16 @@ class LimitBook:
 
     def __init__(self, defaults: Limits, clock: Clock = time.monotonic) -> None:
         self._defaults = defaults
+        self._has_no_defaults = defaults == _UNLIMITED
         self._clock = clock
         self._accounts: dict[str, Account] = {}
 
     def account(self, key: KeyView) -> Account | None:
         """Where the key's use is counted; None for a key without limits, and for the worker."""
-        if KeyScope.INTERNAL in key.scopes:
+        if KeyScope.INTERNAL in key.scopes or (self._has_no_defaults and not key.limits):
             return None
         limits = self._defaults.overridden(key.limits)
-        if limits == Limits():
+        if limits == _UNLIMITED:
             return None
         found = self._accounts.get(key.id)
         if found is None or found.limits != limits:
@@ -155,22 +157,21 @@ class LimitBook:
 class LimitRequests:
     """Applies the limits of a request's key before its route runs; pure ASGI.
 
+    Completions, which alone use tokens, do so themselves (`endpoints/chat.py`).
     A request without a key in force passes: its route says what is wrong with it.
     """
 
-    def __init__(self, app: ASGIApp, gateway: Gateway, token_paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app = app
         self._gateway = gateway
-        self._token_paths = token_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         account = self._find_account(scope) if scope["type"] == "http" else None
         if account is None:
             await self._app(scope, receive, send)
             return
-        uses_tokens = scope["method"] == "POST" and scope["path"] in self._token_paths
         try:
-            admission = account.admit(with_tokens=uses_tokens)
+            admission = account.admit(with_tokens=False)
         except RateLimited as error:
             headers = {**account.headers(), **headers_of(error)}
             reply = JSONResponse(envelope_of(error), error.status, headers=headers)
@@ -182,7 +183,6 @@ class LimitRequests:
                 MutableHeaders(scope=message).update(account.headers())
             await send(message)
 
-        scope[ADMISSION] = admission
         try:
             await self._app(scope, receive, send_with_headers)
         finally:

@@ -1,7 +1,8 @@
 """Log lines: one JSON object each, on standard error.
 
 Owns the format. Every line has an `action` that says what happened in one word; the rest of `extra`
-stands beside it. Does not own: what is logged. Prompt text and keys never are.
+stands beside it, and the id of the request that it was written for. Does not own: what is logged.
+Prompt text and keys never are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+
+from server.request_ids import describe_request
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -24,6 +27,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        said |= describe_request()
         said |= {key: value for key, value in vars(record).items() if key not in _PLAIN}
         if record.exc_info:
             said["exception"] = self.formatException(record.exc_info)

@@ -2,8 +2,9 @@
 
 Owns: their names, the counters that the hot path bumps, the text. All come from memory: they are
 there when the database is not. No label names a person or repeats what was said, and a counter
-keeps `MOST_SERIES` combinations of labels: what comes after them counts as `other`. The format is a
-few lines of text, so no client library and none of its global registries.
+keeps `MOST_SERIES` combinations of labels, a histogram `MOST_HISTOGRAMS`: what comes after them
+counts as `other`. The format is a few lines of text, so no client library and none of its global
+registries.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_SERIES = 200
+MOST_HISTOGRAMS = 50  #: each is some twenty lines
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _OVERHEAD_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -52,16 +54,34 @@ class Counter:
 
 
 class Histogram:
-    """How often a figure fell below each bound. The event loop alone observes."""
+    """How often a figure fell below each bound, for each combination of labels.
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    The event loop alone observes. A label that isn't given is `other`.
+    """
+
+    def __init__(self, bounds: Sequence[float], *labels: str) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
+        self._labels = labels
+        #: labels to how often between two bounds, and the sum
+        self._figures: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, *values: str) -> None:
+        found = self._figures.get(values) or self._add(values)
+        found[0][bisect_left(self.bounds, value)] += 1
+        found[1][0] += value
+
+    def _add(self, values: tuple[str, ...]) -> tuple[list[int], list[float]]:
+        others = (_OTHER,) * len(self._labels)
+        if len(values) != len(others) or len(self._figures) >= MOST_HISTOGRAMS:
+            values = others
+        return self._figures.setdefault(values, ([0] * (len(self.bounds) + 1), [0.0]))
+
+    def series(self) -> list[tuple[dict[str, str], list[int], float]]:
+        """Labels, how often between two bounds, and the sum."""
+        return [
+            (dict(zip(self._labels, values, strict=True)), counts, total)
+            for values, (counts, (total,)) in sorted(self._figures.items())
+        ]
 
 
 class Figures:
@@ -69,13 +89,15 @@ class Figures:
 
     def __init__(self) -> None:
         self.requests = Counter("route", "status")
+        self.answers = Counter("release", "arm", "status")
         self.prompt_tokens = Counter("release", "arm")
         self.completion_tokens = Counter("release", "arm")
         self.judgements = Counter("kind", "source")
         self.not_recorded = Counter()
-        self.duration = {kind: Histogram(_SECONDS) for kind in ("plain", "streamed")}
-        self.first_token = Histogram(_SECONDS)
-        self.overhead = Histogram(_OVERHEAD_SECONDS)
+        labels = ("release", "arm")
+        self.duration = {kind: Histogram(_SECONDS, *labels) for kind in ("plain", "streamed")}
+        self.first_token = Histogram(_SECONDS, *labels)
+        self.overhead = Histogram(_OVERHEAD_SECONDS, *labels)
 
 
 class CountRequests:
@@ -177,20 +199,26 @@ def _traffic_lines(figures: Figures) -> Iterator[str]:
         "Replies by route and HTTP status.",
         figures.requests.samples(),
     )
+    yield from _family(
+        "burnish_answers_total",
+        "counter",
+        "Chat and text completions that an engine was asked for, by what became of them.",
+        figures.answers.samples(),
+    )
     yield from _histogram(
         "burnish_request_duration_seconds",
         "From a request's body to the end of its answer, chat and text completions.",
-        {f'kind="{kind}"': histogram for kind, histogram in figures.duration.items()},
+        [({"kind": kind}, histogram) for kind, histogram in figures.duration.items()],
     )
     yield from _histogram(
         "burnish_time_to_first_token_seconds",
         "From a request's body to the first token of its stream.",
-        {"": figures.first_token},
+        [({}, figures.first_token)],
     )
     yield from _histogram(
         "burnish_gateway_overhead_seconds",
         "The part of a completed answer's duration in which no engine worked on it.",
-        {"": figures.overhead},
+        [({}, figures.overhead)],
     )
     yield from _family(
         "burnish_prompt_tokens_total",
@@ -224,19 +252,25 @@ def _family(
     yield f"# HELP {name} {meaning}"
     yield f"# TYPE {name} {kind}"
     for labels, value in samples:
-        inner = ",".join(f'{key}="{text.translate(_ESCAPES)}"' for key, text in labels.items())
+        inner = _written(labels)
         yield f"{name}{{{inner}}} {value}" if inner else f"{name} {value}"
 
 
-def _histogram(name: str, meaning: str, series: Mapping[str, Histogram]) -> Iterator[str]:
-    """`series` by their labels as they are written; bounds are cumulative and end with +Inf."""
+def _histogram(
+    name: str, meaning: str, parts: Iterable[tuple[Mapping[str, str], Histogram]]
+) -> Iterator[str]:
+    """Histograms, each with labels beside its own; bounds are cumulative and end with +Inf."""
     yield f"# HELP {name} {meaning}"
     yield f"# TYPE {name} histogram"
-    for labels, histogram in series.items():
-        below, before = 0, f"{labels}," if labels else ""
-        for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
-            below += count
-            yield f'{name}_bucket{{{before}le="{bound}"}} {below}'
-        after = f"{{{labels}}}" if labels else ""
-        yield f"{name}_sum{after} {histogram.total}"
-        yield f"{name}_count{after} {below}"
+    for more, histogram in parts:
+        for labels, counts, total in histogram.series():
+            inner, below = _written({**labels, **more}), 0
+            for bound, count in zip((*histogram.bounds, "+Inf"), counts, strict=True):
+                below += count
+                yield f'{name}_bucket{{{inner},le="{bound}"}} {below}'
+            yield f"{name}_sum{{{inner}}} {total}"
+            yield f"{name}_count{{{inner}}} {below}"
+
+
+def _written(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{key}="{text.translate(_ESCAPES)}"' for key, text in labels.items())

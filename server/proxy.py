@@ -16,18 +16,19 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from pydantic_core import from_json
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
-from feedback.answers import EndedAnswer, StartedAnswer
+from feedback.answers import MessagesHash
 from feedback.db import now
 from feedback.errors import AppError, NotReady
+from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
 from server.engines.base import EngineReply, EngineUnreachable
 from server.engines.fleet import Fleet, Member
@@ -35,19 +36,30 @@ from server.errors import (
     EngineFault,
     IntegrityFault,
     NotLoaded,
-    envelope_of,
+    describe_error,
     event_of,
     fault_of_engine,
-    headers_of,
 )
+from server.limits import Account
 from server.metrics import Figures
 from server.recorder import NotRecorded, Recorder
+from server.tracing import CLIENT_LEFT, Trace
 
 logger = logging.getLogger(__name__)
 
 LARGEST_EVENT = 4 * 1024 * 1024
 LARGEST_REPLY = 64 * 1024 * 1024
 DONE = b"data: [DONE]\n\n"
+WATCH_AFTER_SECONDS = 0.1  #: a client that leaves is noticed from then on
+
+ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+"""Headers of every reply, on every route."""
+
+_STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +75,7 @@ class Exchange:
     include_usage: bool
     n: int
     started: StartedAnswer
-    messages: list[dict[str, Any]]  #: the caller's
-    headers: dict[str, str] = field(default_factory=dict)
+    said: MessagesHash  #: of what the caller sent
 
 
 @dataclass(slots=True)
@@ -140,8 +151,57 @@ class Times:
     heard: float = 0.0  #: the engine's reply had come whole
 
 
-class Relay(Response):
-    """The reply to one exchange: an ASGI response that asks the engine when it is sent.
+class Reply:
+    """What goes back to the client: ASGI's messages, with the headers that every reply has."""
+
+    __slots__ = ("_account", "_figures", "_path", "_send", "headers", "status")
+
+    def __init__(self, send: Send, path: str, headers: dict[str, str], figures: Figures) -> None:
+        self._send = send
+        self._path = path
+        self._figures = figures
+        self._account: Account | None = None
+        self.headers = headers
+        self.status: int | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.status is not None
+
+    def limited_by(self, account: Account) -> None:
+        """Tell the client what is left of its limits."""
+        self._account = account
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Status and headers."""
+        self.status = status
+        self._figures.requests.add(self._path, str(status))
+        every = {**self.headers, **headers}
+        if self._account is not None:
+            every |= self._account.headers()
+        raw = [
+            *ALWAYS,
+            *[(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()],
+        ]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def send(self, body: bytes, *, more: bool = False) -> None:
+        """A piece of the body; the last one without `more`."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def fail(self, error: Exception) -> None:
+        """The whole reply: an error."""
+        status, envelope, headers = describe_error(error)
+        body = json.dumps(envelope).encode()
+        await self.start(
+            status,
+            {**headers, "content-type": "application/json", "content-length": str(len(body))},
+        )
+        await self.send(body)
+
+
+class Relay:
+    """The answer to one exchange.
 
     The row is `started` before this object exists. Whatever happens here, the row ends as complete,
     interrupted or failed, exactly once.
@@ -158,42 +218,60 @@ class Relay(Response):
         figures: Figures,
         began: float,
         charge: Callable[[int], None] | None = None,
+        trace: Trace | None = None,
     ) -> None:
-        super().__init__()
         self._exchange = exchange
         self._fleet = fleet
         self._recorder = recorder
         self._commit_timeout = commit_timeout
         self._engine_timeout = engine_timeout
         self._charge = charge
+        self._trace = trace
         self._figures = figures
         self._times = Times(began)
         self._heard = Heard(chat=exchange.path.endswith("chat/completions"))
         self._names = _renames(exchange.engine_name, exchange.public_name)
         self._recorded = False
-        self._begun = False
+        self._client_left = False
         self._engine_id: str | None = exchange.started.engine
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answering = asyncio.ensure_future(self._answer(send))
-        leaving = asyncio.ensure_future(_client_leaves(receive))
+    async def answer(self, receive: Receive, reply: Reply) -> None:
+        """Ask an engine and pass on what it says, for as long as the client is there.
+
+        Runs in a task of its own request: that task is what a client's leaving ends.
+        """
+        loop, watch = asyncio.get_running_loop(), _Watch(receive, self._leave)
+        task = asyncio.current_task()
+        assert task is not None
+        timer = loop.call_later(WATCH_AFTER_SECONDS, watch.begin, task)
         try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await self._answer(reply)
+        except asyncio.CancelledError:
+            if not self._client_left:
+                raise
+            task.uncancel()
+        except OSError:
+            pass  # the client's connection broke while we wrote
         finally:
-            leaving.cancel()
-            try:
-                if answering.done():
-                    await _quietly(answering)
-                else:
-                    answering.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.shield(_quietly(answering))
-            finally:
-                if not self._recorded:
-                    self._recorded = True
-                    self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, "client_left"))
-                if self._charge is not None:
-                    self._charge(self._used_tokens())
+            timer.cancel()
+            watch.end()
+            if not self._recorded:
+                self._recorded = True
+                self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, CLIENT_LEFT))
+                if self._trace is not None:
+                    self._trace.failed(CLIENT_LEFT)
+            if self._trace is not None:
+                self._trace.answered(
+                    usage=self._heard.usage or {},
+                    finish_reasons=list(self._heard.finish.values()),
+                    first_token=self._times.first_token,
+                    heard=self._times.heard,
+                )
+            if self._charge is not None:
+                self._charge(self._used_tokens())
+
+    def _leave(self) -> None:
+        self._client_left = True
 
     def _used_tokens(self) -> int:
         """Prompt and completion, for the key's limit. A stream that broke has no count of the
@@ -205,11 +283,11 @@ class Relay(Response):
         pieces = sum(map(len, self._heard.texts.values()))
         return pieces + (len(self._exchange.body) // 4 if pieces else 0)
 
-    async def _answer(self, send: Send) -> None:
+    async def _answer(self, reply: Reply) -> None:
         try:
-            await self._ask(send)
+            await self._ask(reply)
         except AppError as error:
-            await self._fail(send, error)
+            await self._fail(reply, error)
         except OSError:
             raise  # the client's connection broke while we wrote
         except Exception:
@@ -217,11 +295,11 @@ class Relay(Response):
                 "Answer failed", extra={"action": "answer_failed", "id": self._exchange.started.id}
             )
             await self._fail(
-                send,
+                reply,
                 EngineFault("internal error; the log has it", status=500, code="internal_error"),
             )
 
-    async def _ask(self, send: Send) -> None:
+    async def _ask(self, client: Reply) -> None:
         """Ask an engine; before the first token, once more on another one."""
         name = self._exchange.engine_name
         member = self._fleet.choose(name)
@@ -229,14 +307,14 @@ class Relay(Response):
             self._engine_id = member.id
             try:
                 with self._fleet.run(member, name):
-                    await self._exchange_with(member, send)
+                    await self._exchange_with(member, client)
                 return
             except (EngineUnreachable, NotLoaded) as error:
                 self._fleet.suspect(member, str(error))
-                fault = self._gone(error)
+                fault = self._gone(error, client)
             except EngineFault as error:
                 fault = error
-            another = None if last or self._begun else self._fleet.find_another(name, member)
+            another = None if last or client.begun else self._fleet.find_another(name, member)
             if another is None:
                 raise fault
             logger.warning(
@@ -245,21 +323,25 @@ class Relay(Response):
             )
             member, self._heard = another, Heard(chat=self._heard.chat)
 
-    def _gone(self, error: EngineUnreachable | NotLoaded) -> AppError:
+    def _gone(self, error: EngineUnreachable | NotLoaded, client: Reply) -> AppError:
         if isinstance(error, NotLoaded):
             return error
-        if self._begun:
+        if client.begun:
             return EngineFault("the engine went away while it answered", code="engine_failed")
         return NotReady("the engine failed before it answered; try again", code="engine_failed")
 
-    async def _exchange_with(self, member: Member, send: Send) -> None:
+    async def _exchange_with(self, member: Member, client: Reply) -> None:
         exchange = self._exchange
         self._times.asked = time.perf_counter()
+        headers = None
+        if self._trace is not None:
+            headers = self._trace.asked(member.id, member.engine.address.url)
         async with member.engine.post(
             exchange.path,
             exchange.body,
             request_id=exchange.request_id,
             timeout_seconds=self._engine_timeout,
+            headers=headers,
         ) as reply:
             if reply.status != 200:
                 body = await _read(reply, LARGEST_EVENT)
@@ -267,9 +349,9 @@ class Relay(Response):
                     reply.status, body, names={exchange.engine_name: exchange.public_name}
                 )
             if exchange.stream:
-                await self._relay_stream(reply, send)
+                await self._relay_stream(reply, client)
             else:
-                await self._relay_plain(reply, send)
+                await self._relay_plain(reply, client)
         self._count()
 
     def _count(self) -> None:
@@ -277,20 +359,21 @@ class Relay(Response):
         times, figures, started = self._times, self._figures, self._exchange.started
         ended = time.perf_counter()
         kind = "streamed" if self._exchange.stream else "plain"
-        figures.duration[kind].observe(ended - times.began)
-        figures.overhead.observe(times.asked - times.began + ended - times.heard)
+        whose = started.release, str(started.arm)
+        figures.duration[kind].observe(ended - times.began, *whose)
+        figures.overhead.observe(times.asked - times.began + ended - times.heard, *whose)
         if times.first_token is not None:
-            figures.first_token.observe(times.first_token - times.began)
+            figures.first_token.observe(times.first_token - times.began, *whose)
         usage = self._heard.usage or {}
         for name, counter in (
             ("prompt_tokens", figures.prompt_tokens),
             ("completion_tokens", figures.completion_tokens),
         ):
-            counter.add(started.release, str(started.arm), amount=usage.get(name) or 0)
+            counter.add(*whose, amount=usage.get(name) or 0)
 
     # A reply in one piece
 
-    async def _relay_plain(self, reply: EngineReply, send: Send) -> None:
+    async def _relay_plain(self, reply: EngineReply, client: Reply) -> None:
         body = await _read(reply, LARGEST_REPLY)
         self._times.heard = time.perf_counter()
         answer = _parse(body)
@@ -310,22 +393,20 @@ class Relay(Response):
                 if thought:
                     self._heard.reasoning[index] = [thought]
             self._heard.texts[index] = [message["content"] or ""]
+            self._heard.finish[index] = choice.get("finish_reason")
             choices.append(
                 {"index": index, "message": message, "finish_reason": choice.get("finish_reason")}
             )
         await self._commit(self._ended(AnswerStatus.COMPLETE, choices=choices))
         body = self._rename(body)
-        headers = {
-            **self._exchange.headers,
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-        }
-        await self._start(send, 200, headers)
-        await send({"type": "http.response.body", "body": body})
+        await client.start(
+            200, {"content-type": "application/json", "content-length": str(len(body))}
+        )
+        await client.send(body)
 
     # A stream
 
-    async def _relay_stream(self, reply: EngineReply, send: Send) -> None:
+    async def _relay_stream(self, reply: EngineReply, client: Reply) -> None:
         """Pass events on as they arrive;
 
         hold the last `finish_reason` and all after it until it is committed.
@@ -333,9 +414,10 @@ class Relay(Response):
         passed = bytearray()
         held: list[bytes] = []
         done = False
-        async for events in _events(reply.body):
+        events = _Events()
+        async for piece in reply.body:
             fault: AppError | None = None
-            for event in events:
+            for event in events.split(piece):
                 done = done or event == DONE
                 try:
                     renamed = self._hear(event)
@@ -347,10 +429,10 @@ class Relay(Response):
                 else:
                     passed += renamed
             if passed and self._heard.first_token_at is not None:
-                if not self._begun:
+                if not client.begun:
                     self._times.first_token = time.perf_counter()
-                    await self._start_stream(send)
-                await send({"type": "http.response.body", "body": bytes(passed), "more_body": True})
+                    await client.start(200, _STREAM_HEADERS)
+                await client.send(bytes(passed), more=True)
                 passed.clear()
             if fault is not None:
                 raise fault
@@ -358,36 +440,30 @@ class Relay(Response):
             raise EngineUnreachable("the stream ended early")
         self._times.heard = time.perf_counter()
         await self._commit(self._ended(AnswerStatus.COMPLETE))
-        await self._start_stream(send)
-        rest = bytes(passed) + b"".join(held)
-        await send({"type": "http.response.body", "body": rest, "more_body": False})
-
-    async def _start_stream(self, send: Send) -> None:
-        if self._begun:
-            return
-        headers = {
-            **self._exchange.headers,
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-        }
-        await self._start(send, 200, headers)
+        if not client.begun:
+            await client.start(200, _STREAM_HEADERS)
+        await client.send(bytes(passed) + b"".join(held))
 
     def _hear(self, event: bytes) -> bytes:
         """Take one event into the record; what the client gets of it."""
-        if not event.startswith(b"data: ") or event == DONE:
+        if event == DONE or not event.startswith(b"data: "):
             return event
         found = _parse(event[6:])
         if "error" in found:
             names = {self._exchange.engine_name: self._exchange.public_name}
             raise fault_of_engine(500, event[6:], names=names)
         self._check(found)
-        choices = found.get("choices") or []
-        self._heard.hear(choices)
-        if found.get("usage"):
-            self._heard.usage = found["usage"]
+        choices = found.get("choices")
+        if choices:
+            self._heard.hear(choices)
+        usage = found.get("usage")
+        if usage:
+            self._heard.usage = usage
         if not choices and not self._exchange.include_usage:
             return b""  # the usage that only the record asked for
+        for old, new in self._names:
+            if old in event:
+                return event.replace(old, new, 1)
         return b"data: " + self._rename(event[6:-2]) + b"\n\n"
 
     # Both
@@ -420,25 +496,23 @@ class Relay(Response):
         answer["model"] = self._exchange.public_name
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
-    async def _start(self, send: Send, status: int, headers: dict[str, str]) -> None:
-        self._begun = True
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": raw})
-
     async def _commit(self, ended: EndedAnswer) -> None:
         """Returns after COMMIT, also when this task is cancelled meanwhile.
 
         Raises `not_recorded` after a time.
         """
         self._recorded = True  # from here on the row is the recorder's
+        committing = time.perf_counter()
         try:
-            async with asyncio.timeout(self._commit_timeout):
-                await self._recorder.record(ended)
-        except (TimeoutError, NotRecorded):
+            await self._recorder.record(ended, self._commit_timeout)
+        except NotRecorded:
             self._figures.not_recorded.add()
             raise NotReady(
                 "the answer could not be recorded and is withheld; try again", code="not_recorded"
             ) from None
+        finally:
+            if self._trace is not None:
+                self._trace.committed(time.perf_counter() - committing)
 
     def _ended(
         self,
@@ -447,12 +521,14 @@ class Relay(Response):
         choices: list[dict[str, Any]] | None = None,
     ) -> EndedAnswer:
         started, usage = self._exchange.started, self._heard.usage or {}
+        self._figures.answers.add(started.release, str(started.arm), str(status))
+        if choices is None:
+            choices = self._heard.choices()
         return EndedAnswer(
             id=started.id,
-            person_id=started.person_id,
             status=status,
-            choices=self._heard.choices() if choices is None else choices,
-            messages=self._exchange.messages,
+            choices=choices,
+            hashes=[self._exchange.said.after(choice["message"]) for choice in choices],
             reasoning=self._heard.thoughts(),
             stored=started.stored,
             error_code=error_code,
@@ -462,27 +538,22 @@ class Relay(Response):
             first_token_at=self._heard.first_token_at,
         )
 
-    async def _fail(self, send: Send, error: AppError) -> None:
+    async def _fail(self, client: Reply, error: AppError) -> None:
         """Record the failure and say it: as an error reply, or as the stream's last event."""
+        if self._trace is not None:
+            self._trace.failed(error.code)
         if not self._recorded:
             partial = any(self._heard.texts.values())
             status = AnswerStatus.INTERRUPTED if partial else AnswerStatus.FAILED
             with contextlib.suppress(NotReady):
                 await self._commit(self._ended(status, error.code))
-        if self._begun:
-            await send({"type": "http.response.body", "body": event_of(error), "more_body": False})
-            return
-        body = json.dumps(envelope_of(error)).encode()
-        headers = {
-            **self._exchange.headers,
-            **headers_of(error),
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-        }
-        await self._start(send, error.status, headers)
-        await send({"type": "http.response.body", "body": body})
+        if client.begun:
+            await client.send(event_of(error))
+        else:
+            await client.fail(error)
 
 
+@lru_cache(maxsize=1024)
 def _renames(engine_name: str, public_name: str) -> list[tuple[bytes, bytes]]:
     """The `model` field as an engine may write it, and as the client gets it."""
     new = json.dumps(public_name, ensure_ascii=False).encode()
@@ -494,15 +565,26 @@ def _renames(engine_name: str, public_name: str) -> list[tuple[bytes, bytes]]:
     ]
 
 
-async def _client_leaves(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class _Watch:
+    """Ends the task of a request whose client goes away."""
 
+    def __init__(self, receive: Receive, on_leave: Callable[[], None]) -> None:
+        self._receive = receive
+        self._on_leave = on_leave
+        self._watching: asyncio.Task[None] | None = None
 
-async def _quietly(task: asyncio.Future[None]) -> None:
-    """Wait until `task` has ended; a client that went away is no error of ours."""
-    with contextlib.suppress(asyncio.CancelledError, OSError):
-        await task
+    def begin(self, task: asyncio.Task[Any]) -> None:
+        self._watching = asyncio.ensure_future(self._watch(task))
+
+    def end(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def _watch(self, task: asyncio.Task[Any]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._on_leave()
+        task.cancel()
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -524,15 +606,19 @@ async def _read(reply: EngineReply, most: int) -> bytes:
     return bytes(body)
 
 
-async def _events(body: AsyncIterator[bytes]) -> AsyncIterator[Iterator[bytes]]:
-    """Whole server-sent events, grouped as they arrived; each ends with its blank line."""
-    rest = b""
-    async for piece in body:
-        rest = rest + piece if rest else piece
-        end = rest.rfind(b"\n\n")
-        if end < 0:
-            if len(rest) > LARGEST_EVENT:
-                raise EngineFault(f"an event of the engine passes {LARGEST_EVENT} bytes")
-            continue
-        whole, rest = rest[: end + 2], rest[end + 2 :]
-        yield (event + b"\n\n" for event in whole.split(b"\n\n")[:-1])
+class _Events:
+    """Whole server-sent events out of a stream's pieces; each ends with its blank line."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def split(self, piece: bytes) -> list[bytes]:
+        rest = self._rest + piece if self._rest else piece
+        end = rest.find(b"\n\n")
+        if end >= 0 and end == len(rest) - 2:  # most pieces are one event
+            self._rest = b""
+            return [rest]
+        *events, self._rest = rest.split(b"\n\n")
+        if len(self._rest) > LARGEST_EVENT:
+            raise EngineFault(f"an event of the engine passes {LARGEST_EVENT} bytes")
+        return [event + b"\n\n" for event in events]

@@ -1,36 +1,47 @@
-"""Writes answers to the database from one thread, in groups.
+"""Has answers written, and knows when they are.
 
-Owns: the writer thread, the groups, the dead-letter file. Covered: an answer's end is known to be
-committed before it is released; a row that cannot be written does not take its neighbours along; a
-database that is away for a while. Does not own: what is written (`feedback/answers.py`).
+Owns: the gateway's side of the writer (`writer.py`): who waits for which row, and the writer's
+life. Covered: an answer's end is known to be committed before it is released; a wait that ends
+early; a writer that dies. Does not own: how rows are written.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import queue
+import socket
+import subprocess
+import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
-from feedback.answers import EndedAnswer, StartedAnswer, record_ended, record_started
 from feedback.db import Database
+from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
+from server.writer import (
+    ENDED,
+    FRAME,
+    SETUP,
+    STARTED,
+    UNDELIVERED,
+    Report,
+    Row,
+    Setup,
+    Writer,
+    ended_json,
+    report_json,
+    setup_json,
+    started_json,
+)
 
 logger = logging.getLogger(__name__)
 
-LARGEST_GROUP = 64
-MOST_KEPT = 10_000  #: ends of answers that wait in memory for a database that is away
-RETRY_SECONDS = 0.5
-
-Row = StartedAnswer | EndedAnswer
+START_SECONDS = 60.0
+STOP_SECONDS = 15.0
+RESTART_SECONDS = 1.0
+MOST_UNDER_WAY = 2  #: portions of rows that are with the writer
 
 
 class NotRecorded(Exception):
@@ -38,187 +49,285 @@ class NotRecorded(Exception):
 
 
 class Recorder:
-    """One writer for the hot path. It commits at once what is queued and never lingers for more.
+    """One writer for the hot path. One event loop owns it.
 
-    Groups form by themselves, out of what arrives while a commit is under way. While the database
-    is away whoever waits is told at once, and the ends of answers are kept and written later.
-    `lost` counts rows that went to the dead-letter file.
+    `own_process`: the writer runs as a process of its own, with `lock` as its lock file; otherwise
+    in a thread. `lost` counts rows that went to the dead-letter file, `committed` those that were
+    written.
     """
 
-    def __init__(self, database: Database, dead_letters: Path) -> None:
+    def __init__(
+        self,
+        database: Database,
+        dead_letters: Path,
+        *,
+        own_process: bool = False,
+        lock: Path | None = None,
+        log_level: str = "info",
+    ) -> None:
         self._database = database
         self._dead_letters = dead_letters
-        self._kept: deque[_Entry] = deque()
-        self._away = False  #: the last commit did not reach the database
-        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-        self.lost = 0
-        self.committed = 0
+        self._own_process = own_process
+        self._lock = lock
+        self._log_level = log_level
+        self._link: _Link | None = None
+        self._restarting: asyncio.Task[None] | None = None
+        self._owed: list[EndedAnswer] = []  #: ends that came while there was no writer
+        self._before = (0, 0)  #: committed and lost by writers that are gone
+        self._last = Report([], None, 0, 0, 0, 0)
+        self._number = 0
+        self._unsettled = 0
+        self._waiting: dict[int, tuple[Row, asyncio.Future[None] | None]] = {}
+        self._stopping = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self.writer: Writer | None = None  #: where it runs in a thread
 
-    def start(self) -> None:
-        self._thread.start()
+    async def start(self) -> None:
+        """Returns when the writer is ready. Raises RuntimeError where it can't be started."""
+        self._link = await self._connect()
 
-    def stop(self, timeout_seconds: float = 10.0) -> None:
-        """Write what is queued, then end the thread."""
-        self._queue.put(None)
-        self._thread.join(timeout_seconds)
+    async def stop(self) -> None:
+        """Have everything written that was sent, then end the writer."""
+        self._stopping = True
+        if self._restarting is not None:
+            self._restarting.cancel()
+        if self._link is None:
+            return
+        link, self._link = self._link, None
+        link.finish()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await link.ended.wait()
+        except TimeoutError:
+            logger.error("The writer did not end", extra={"action": "writer_stuck"})
+            if self.process is not None:
+                self.process.kill()
+        if self.process is not None:
+            await asyncio.to_thread(self.process.wait)
 
     @property
     def depth(self) -> int:
         """Rows that wait."""
-        return self._queue.qsize() + len(self._kept)
+        return self._unsettled + self._last.kept
 
-    async def record(self, row: Row) -> None:
+    @property
+    def committed(self) -> int:
+        return self._before[0] + self._last.committed
+
+    @property
+    def lost(self) -> int:
+        return self._before[1] + self._last.lost
+
+    async def record(self, row: Row, timeout_seconds: float) -> None:
         """Returns after COMMIT.
 
-        Raises NotRecorded. Cancelling the wait does not take the row back.
+        Raises NotRecorded, after `timeout_seconds` at the latest. Whoever stops waiting for the end
+        of a complete answer, by that or by being cancelled, does not send it: the row says so.
         """
-        entry = _Entry(row, asyncio.get_running_loop())
-        self._queue.put(entry)
-        assert entry.done is not None
-        await entry.done
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        number = self._send(row, done)
+        timer = loop.call_later(timeout_seconds, _expire, done)
+        try:
+            await done
+        except NotRecorded:
+            raise  # the writer has seen to it
+        except BaseException as error:
+            self._waiting.pop(number, None)
+            if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
+                self._take_back(row)
+            if isinstance(error, TimeoutError):
+                raise NotRecorded(f"not committed within {timeout_seconds:g} s") from None
+            raise
+        finally:
+            timer.cancel()
 
     def record_soon(self, row: EndedAnswer) -> None:
-        """Queue a row whose commit nobody waits for: the client has gone."""
-        self._queue.put(_Entry(row, None))
-
-    def _run(self) -> None:
-        ends = False
-        while not ends:
-            group, ends = self._next_group()
-            if group:
-                self._commit(group)
-            if self._kept and not (group and self._away):
-                self._commit_kept()
-        while self._kept:
-            self._bury(self._kept.popleft().row)
-
-    def _next_group(self) -> tuple[list[_Entry], bool]:
-        """What is queued, and whether that is the end. Waits; not for ever while rows are kept."""
-        group: list[_Entry] = []
-        try:
-            entry = self._queue.get(timeout=RETRY_SECONDS if self._kept else None)
-            while entry is not None:
-                group.append(entry)
-                if len(group) == LARGEST_GROUP:
-                    return group, False
-                entry = self._queue.get_nowait()
-        except queue.Empty:
-            return group, False
-        return group, True
-
-    def _commit(self, group: list[_Entry]) -> None:
-        try:
-            self._write(group)
-        except Exception as error:
-            away = _database_is_away(error)
-            if len(group) > 1 and not away:
-                for entry in group:
-                    self._commit([entry])
-                return
-            logger.exception(
-                "Answers not recorded", extra={"action": "not_recorded", "rows": len(group)}
-            )
-            self._away = away
-            for entry in group:
-                if away:
-                    self._keep(entry)
-                else:
-                    self._bury(entry.row)
-            _settle(group, NotRecorded(str(error)))
+        """Have a row written whose commit nobody waits for: the client has gone."""
+        if self._link is None:
+            self._owed.append(row)
         else:
-            self._away = False
-            self.committed += len(group)
-            _settle(group, None)
+            self._send(row, None)
 
-    def _keep(self, entry: _Entry) -> None:
-        """Hold the end of an answer for later; its client is told that it is not recorded."""
-        if isinstance(entry.row, StartedAnswer):
-            return  # its caller is told, and nothing was answered
-        if len(self._kept) >= MOST_KEPT:
-            self._bury(entry.row)
-        else:
-            self._kept.append(_Entry(_undelivered(entry.row), None))
-
-    def _commit_kept(self) -> None:
-        """Try the rows of a database that was away again, in groups, until one fails."""
-        before = len(self._kept) + 1
-        while self._kept and len(self._kept) < before:
-            before = len(self._kept)
-            size = min(LARGEST_GROUP, before)
-            self._commit([self._kept.popleft() for _ in range(size)])
-
-    def _write(self, group: Sequence[_Entry]) -> None:
-        with self._database.write() as session:
-            session.connection()  # waits for the write lock; who still waits is known after that
-            rows = [entry.due() for entry in group]
-            started = [row for row in rows if isinstance(row, StartedAnswer)]
-            ended = [row for row in rows if isinstance(row, EndedAnswer)]
-            if started:
-                record_started(session, started)
-            if ended:
-                record_ended(session, ended)
-
-    def _bury(self, row: Row) -> None:
-        """Keep the end of an answer that the database refused, for a person to look at."""
+    def _send(self, row: Row, done: asyncio.Future[None] | None) -> int:
+        if self._link is None:
+            if isinstance(row, EndedAnswer):
+                self._owed.append(row)
+            raise NotRecorded("the writer is not there; it is being started")
+        self._number += 1
+        self._unsettled += 1
+        self._waiting[self._number] = (row, done)
         if isinstance(row, StartedAnswer):
-            return  # its caller is told, and nothing was answered
-        self.lost += 1
-        try:
-            self._dead_letters.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._dead_letters, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row), default=str) + "\n")
-        except OSError:
-            logger.exception("Dead letter not written", extra={"action": "dead_letter_failed"})
-
-
-def _undelivered(row: Row) -> Row:
-    """The row of an answer whose end the client was not sent after all."""
-    if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
-        return replace(row, status=AnswerStatus.INTERRUPTED, error_code="not_delivered")
-    return row
-
-
-class _Entry:
-    """A row and the future that its commit resolves, in the loop that waits for it."""
-
-    __slots__ = ("done", "loop", "row")
-
-    def __init__(self, row: Row, loop: asyncio.AbstractEventLoop | None) -> None:
-        self.row = row
-        self.loop = loop
-        self.done: asyncio.Future[None] | None = None if loop is None else loop.create_future()
-
-    def due(self) -> Row:
-        """The row to write: whoever has stopped waiting for it does not release the answer."""
-        if self.done is not None and self.done.cancelled():
-            return _undelivered(self.row)
-        return self.row
-
-
-def _settle(group: Sequence[_Entry], error: NotRecorded | None) -> None:
-    loops = {entry.loop for entry in group if entry.loop is not None}
-    for loop in loops:
-        futures = [entry.done for entry in group if entry.loop is loop and entry.done is not None]
-        try:
-            loop.call_soon_threadsafe(_resolve, futures, error)
-        except RuntimeError:
-            logger.warning(
-                "Event loop closed before its rows were committed", extra={"action": "loop_closed"}
-            )
-
-
-def _resolve(futures: Sequence[asyncio.Future[None]], error: NotRecorded | None) -> None:
-    for future in futures:
-        if future.done():
-            continue  # its request was cancelled
-        if error is None:
-            future.set_result(None)
+            self._link.send(STARTED, self._number, started_json.dump_json(row))
         else:
-            future.set_exception(error)
+            self._link.send(ENDED, self._number, ended_json.dump_json(row))
+        return self._number
+
+    def _take_back(self, row: EndedAnswer) -> None:
+        if self._link is not None:
+            self._link.send(UNDELIVERED, 0, row.id.encode())
+
+    # The writer's life
+
+    async def _connect(self) -> _Link:
+        ours, theirs = socket.socketpair()
+        if self._own_process:
+            if self.process is not None:
+                self.process.wait()  # it has ended: its end of the socket is closed
+            self.process = subprocess.Popen(  # noqa: ASYNC220 - a start, of milliseconds
+                [sys.executable, "-P", "-m", "server.writer", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is the gateway's
+            )
+            theirs.close()
+        else:
+            self.writer = Writer(self._database, self._dead_letters, theirs)
+            threading.Thread(
+                target=_run, args=(self.writer, theirs), name="writer", daemon=True
+            ).start()
+        loop = asyncio.get_running_loop()
+        _, link = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
+        if self._own_process:
+            setup = Setup(
+                database_url=self._database.url.render_as_string(hide_password=False),
+                dead_letters=str(self._dead_letters),
+                lock=None if self._lock is None else str(self._lock),
+                log_level=self._log_level,
+            )
+            link.send(SETUP, 0, setup_json.dump_json(setup))
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await link.ready.wait()
+            if not link.ended.is_set():
+                return link
+            why = "the writer ended before it was ready; its log says why"
+        except TimeoutError:
+            why = f"the writer was not ready after {START_SECONDS:g} s"
+        link.close()
+        if self.process is not None:
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+        raise RuntimeError(why)
+
+    def _settle(self, report: Report) -> None:
+        self._last = report
+        self._unsettled -= report.settled
+        error = report.error
+        for number in report.numbers:
+            _, done = self._waiting.pop(number, (None, None))
+            if done is None or done.done():
+                continue  # nobody waits, or no longer
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(NotRecorded(error))
+
+    def _writer_ended(self, link: _Link) -> None:
+        """It died: who waits is told, what it may not have written is written by the next one."""
+        if self._link is not link:
+            return
+        self._link = None
+        logger.error("The writer has ended", extra={"action": "writer_ended"})
+        self._before = (self.committed, self.lost)
+        self._last = Report([], None, 0, 0, 0, 0)
+        self._unsettled = 0
+        waiting, self._waiting = self._waiting, {}
+        for row, done in waiting.values():
+            if isinstance(row, EndedAnswer):
+                self._owed.append(row)
+            if done is not None and not done.done():
+                done.set_exception(NotRecorded("the writer ended before it had committed this"))
+        if not self._stopping:
+            self._restarting = asyncio.ensure_future(self._restart())
+
+    async def _restart(self) -> None:
+        while True:
+            try:
+                self._link = await self._connect()
+                break
+            except (OSError, RuntimeError):
+                logger.exception("No new writer", extra={"action": "writer_not_started"})
+                await asyncio.sleep(RESTART_SECONDS)
+        logger.info("A new writer is there", extra={"action": "writer_started"})
+        owed, self._owed = self._owed, []
+        for row in owed:
+            self._send(row, None)
+            if row.status is AnswerStatus.COMPLETE:
+                self._take_back(row)
 
 
-def _database_is_away(error: Exception) -> bool:
-    """Locked, full or unreachable: every row would fail alike, and each only after its own wait."""
-    return isinstance(error, OperationalError | InterfaceError)
+class _Link(asyncio.Protocol):
+    """The gateway's end of the socket."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._loop = asyncio.get_running_loop()
+        self._received = b""
+        self._unsent: list[bytes] = []
+        self._sent = self._settled = 0  # rows
+        self._under_way: deque[int] = deque()  # how many rows were sent by the end of each portion
+        self._transport: asyncio.Transport | None = None
+        self.ready = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    def send(self, kind: int, number: int, body: bytes) -> None:
+        """Queue a frame; what a turn of the event loop queues is written in one go.
+
+        While the writer has one portion under way and another to go on with, nothing more is
+        written: each write would wake it, and it can't begin any sooner.
+        """
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent += (FRAME.pack(kind, number, len(body)), body)
+        self._sent += kind in (STARTED, ENDED)
+
+    def _flush(self) -> None:
+        if self._unsent and len(self._under_way) < MOST_UNDER_WAY:
+            self._write()
+
+    def _write(self) -> None:
+        assert self._transport is not None
+        self._under_way.append(self._sent)
+        self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
+
+    def finish(self) -> None:
+        """Nothing more is sent; what comes is still heard."""
+        assert self._transport is not None
+        if not self._transport.is_closing():
+            self._write()
+            self._transport.write_eof()
+
+    def close(self) -> None:
+        assert self._transport is not None
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        lines = (self._received + data).split(b"\n")
+        self._received = lines.pop()
+        for line in lines:
+            report = report_json.validate_json(line)
+            self._settled += report.settled
+            self._recorder._settle(report)
+        while self._under_way and self._under_way[0] <= self._settled:
+            self._under_way.popleft()
+        self._flush()
+        self.ready.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+        self.ready.set()
+        self._recorder._writer_ended(self)
+
+
+def _run(writer: Writer, gateway: socket.socket) -> None:
+    with gateway:
+        writer.run()
+
+
+def _expire(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_exception(TimeoutError())

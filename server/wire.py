@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest, TooLarge
@@ -122,6 +122,21 @@ REFUSED = {
 }
 """Refused wherever they stand in the body's upper levels, by name."""
 
+_MESSAGE_FIELDS = frozenset(
+    {
+        "role",
+        "content",
+        "name",
+        "tool_calls",
+        "tool_call_id",
+        "refusal",
+        "reasoning",
+        "reasoning_content",
+    }
+)
+_PART_FIELDS = frozenset({"type", "text", "refusal"})
+"""Of a message and of its parts the engine gets these; others are named as ignored."""
+
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MEDIA = frozenset(
     {"image_url", "input_image", "image", "input_audio", "audio_url", "video_url", "file"}
@@ -155,10 +170,13 @@ def parse_body(raw: bytes, *, max_bytes: int, max_parts: int = MAX_PARTS) -> dic
     _check_integers(bare)
     try:
         body = from_json(raw, allow_inf_nan=False, cache_strings="keys")
-        # Once more, for what the fast parser lets through: a key that stands twice, a number that
-        # is no finite float. Nothing is nested too deeply for this one by now.
-        parse_float = _finite if _MAYBE_INFINITE.search(bare) else None
-        json.loads(raw, object_pairs_hook=_refuse_twice, parse_float=parse_float)
+        # Once more, for what the fast parser lets through: a key that stands twice (then fewer are
+        # left than there were), a number that is no finite float. Nothing is nested too deeply for
+        # this one by now.
+        infinite = _MAYBE_INFINITE.search(bare)
+        if infinite or bare.count(b":") != _without_strings(to_json(body)).count(b":"):
+            parse_float = _finite if infinite else None
+            json.loads(raw, object_pairs_hook=_refuse_twice, parse_float=parse_float)
     except ValueError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
@@ -174,9 +192,12 @@ def parse_chat(body: dict[str, Any], *, max_choices: int, strict: bool) -> Parse
     _refuse(body)
     _refuse(body.get("chat_template_kwargs"))
     request = _validate(ChatRequest, body)
+    ignored: list[str] = []
     for index, message in enumerate(request.messages):
         _check_message(index, message)
-    return _parsed(body, request, request.messages, max_choices=max_choices, strict=strict)
+        if not message.keys() <= _MESSAGE_FIELDS or isinstance(message.get("content"), list):
+            ignored += _drop_unknown(index, message)
+    return _parsed(body, request, request.messages, ignored, max_choices=max_choices, strict=strict)
 
 
 def parse_text(body: dict[str, Any], *, max_choices: int, strict: bool) -> Parsed:
@@ -184,7 +205,7 @@ def parse_text(body: dict[str, Any], *, max_choices: int, strict: bool) -> Parse
     _refuse(body)
     request = _validate(TextRequest, body)
     prompt = [{"role": "prompt", "content": request.prompt}]
-    return _parsed(body, request, prompt, max_choices=max_choices, strict=strict)
+    return _parsed(body, request, prompt, [], max_choices=max_choices, strict=strict)
 
 
 def engine_body(
@@ -211,7 +232,10 @@ def engine_body(
             body[name] = value
     body["model"] = engine_name
     if "messages" in parsed.given and "messages" not in ignored:
-        body["messages"] = [{k: v for k, v in message.items() if k != OURS} for message in messages]
+        body["messages"] = [
+            {k: v for k, v in message.items() if k != OURS} if OURS in message else message
+            for message in messages
+        ]
         kwargs = parsed.given.get("chat_template_kwargs") or {}
         kwargs = {
             k: v
@@ -254,6 +278,7 @@ def _parsed(
     body: dict[str, Any],
     request: Sampling,
     messages: list[dict[str, Any]],
+    ignored_within: list[str],
     *,
     max_choices: int,
     strict: bool,
@@ -262,7 +287,7 @@ def _parsed(
         raise BadRequest(f"n is {request.n}, at most {max_choices} are accepted", param="n")
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options goes with stream: true", param="stream_options")
-    ignored = tuple(sorted(request.model_extra or ()))
+    ignored = (*sorted(request.model_extra or ()), *ignored_within)
     if ignored and strict:
         raise BadRequest(
             f"unknown or unsupported field {ignored[0]!r}; this gateway is strict", param=ignored[0]
@@ -326,6 +351,25 @@ def _check_message(index: int, message: dict[str, Any]) -> None:
         )
 
 
+def _drop_unknown(index: int, message: dict[str, Any]) -> list[str]:
+    """Leave in a message what the engine is to get; the names of what went."""
+    where = f"messages[{index}]"
+    dropped = [f"{where}.{name}" for name in message if name not in _MESSAGE_FIELDS]
+    for name in message.keys() - _MESSAGE_FIELDS:
+        del message[name]
+    content = message.get("content")
+    if isinstance(content, list):
+        for at, part in enumerate(content):
+            dropped += [
+                f"{where}.content[{at}].{name}" for name in part if name not in _PART_FIELDS
+            ]
+        message["content"] = [
+            {name: value for name, value in part.items() if name in _PART_FIELDS}
+            for part in content
+        ]
+    return dropped
+
+
 def _check_part(where: str, part: Any) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
@@ -355,13 +399,13 @@ def is_task(parsed: Parsed, prefixes: Sequence[str]) -> bool:
 
 
 def check_tools(parsed: Parsed, parses_tools: bool | None) -> None:
-    """Raises BadRequest where the engine would have to choose tools and cannot; None: unknown."""
+    """Raises BadRequest where the engine would have to call tools and cannot; None: unknown."""
     given = parsed.given
-    if parses_tools is False and given.get("tools") and given.get("tool_choice") in (None, "auto"):
+    if parses_tools is False and given.get("tools") and given.get("tool_choice") != "none":
         raise BadRequest(
-            "the engine runs without a tool parser, so it can't choose tools by itself; set "
+            "the engine runs without a tool parser, so it can't call tools; set "
             "enable-auto-tool-choice = true and tool-call-parser (by model) in [engine.args], or "
-            "send tool_choice 'none', 'required' or a function",
+            "send tool_choice 'none'",
             param="tool_choice",
         )
 
@@ -386,8 +430,11 @@ def refuse_nul(raw: bytes) -> None:
 
 def _check_shape(bare: bytes, max_parts: int) -> None:
     """Depth and number of parts, counted without parsing; `bare` is a body without its strings."""
-    if sum(map(bare.count, (b"[", b"{", b","))) > max_parts:
+    begun = bare.count(b"[") + bare.count(b"{")
+    if begun + bare.count(b",") > max_parts:
         raise BadRequest(f"the body has more than {max_parts} values")
+    if begun <= MAX_DEPTH:
+        return
     steps = array("b", bare.translate(_STEPS, _NO_BRACKETS))
     if max(accumulate(steps), default=0) > MAX_DEPTH:
         raise BadRequest(f"the body is nested deeper than {MAX_DEPTH} levels")

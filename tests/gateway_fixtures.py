@@ -31,7 +31,7 @@ from server.engines.fake import BASE as BASE_SIGNATURE
 from server.engines.fake import FakeEngine, fake_logprobs, fake_signature
 from server.engines.process import free_port
 from server.gateway import Gateway, build_gateway, sole_gateway
-from server.settings import EngineSettings, GatewaySettings, Settings
+from server.settings import EngineSettings, GatewaySettings, Settings, TracingSettings
 from tests.tiny_adapters import TARGET_MODULES, build_tiny_adapter
 from tuner.adapters import AdapterStore, adapter_id, build_adapter_config
 from tuner.base_models import BaseModel
@@ -207,7 +207,12 @@ def _evaluation_row(release: str, baseline: str, decision: str) -> Evaluation:
 
 @contextmanager
 def start_gateway(
-    database: Database, data: Path, engines: Sequence[EngineAddress], **options: Any
+    database: Database,
+    data: Path,
+    engines: Sequence[EngineAddress],
+    *,
+    tracing: bool = False,
+    **options: Any,
 ) -> Iterator[RunningGateway]:
     """Serve a gateway over `engines` until the block ends; `options` are gateway settings."""
     settings = Settings(
@@ -218,7 +223,8 @@ def start_gateway(
             api_key=engines[0].api_key,
             max_loras=MAX_LORAS,
         ),
-        gateway=GatewaySettings(**{"refresh_seconds": 0.1, **options}),
+        gateway=GatewaySettings(**{"refresh_seconds": 0.1, "writer": "thread", **options}),
+        tracing=TracingSettings(enabled=tracing),
     )
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     with database.write() as session:

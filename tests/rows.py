@@ -12,17 +12,11 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from feedback import datasets
-from feedback.answers import (
-    EndedAnswer,
-    StartedAnswer,
-    messages_hash,
-    record_ended,
-    record_started,
-    root_hash,
-)
+from feedback.answers import messages_hash
 from feedback.curation.policy import Policy
-from feedback.db import Database, new_id, now
+from feedback.db import Database, Driver, new_id, now
 from feedback.people import find_or_create_person
+from feedback.recording import EndedAnswer, StartedAnswer, record_ended, record_started
 from feedback.tables import AnswerKind, AnswerStatus, Arm, Dataset
 from tuner.evaluations import create_evaluation
 from tuner.releases import create_deployment, create_release, get_deployment
@@ -60,12 +54,11 @@ def add_answer(
                 "kind": AnswerKind.CHAT,
                 "messages": messages,
                 "prefix_hash": messages_hash(person_id, messages),
-                "root_hash": root_hash(messages),
                 "sampling": {},
                 **columns,
             }
         )
-        record_started(session, [started])
+        record_started(Driver.of(session), [started])
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
@@ -73,13 +66,12 @@ def add_answer(
         }
         ended = EndedAnswer(
             id=started.id,
-            person_id=person_id,
             status=AnswerStatus.COMPLETE,
             choices=[choice],
-            messages=messages,
+            hashes=[messages_hash(person_id, [*messages, choice["message"]])],
             stored=started.stored,
         )
-        record_ended(session, [ended])
+        record_ended(Driver.of(session), [ended])
         return started.id
 
 

@@ -98,9 +98,15 @@ class Engine(Protocol):
         """
 
     def post(
-        self, path: str, body: bytes, *, request_id: str, timeout_seconds: float
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        timeout_seconds: float,
+        headers: Mapping[str, str] | None = None,
     ) -> AbstractAsyncContextManager[EngineReply]:
-        """Send a JSON body to `path`.
+        """Send a JSON body to `path`, with further `headers` (of a trace).
 
         Leaving the context before the end makes the engine stop generating. `timeout_seconds`
         bounds the silence between two reads. Error statuses are replies here, not exceptions.

@@ -89,6 +89,28 @@ class Member:
         )
 
 
+class Run:
+    """One request that runs on an engine, for the time of a `with` block."""
+
+    __slots__ = ("_member", "_name")
+
+    def __init__(self, member: Member, engine_name: str) -> None:
+        self._member = member
+        self._name = engine_name
+
+    def __enter__(self) -> None:
+        running, name = self._member.running, self._name
+        running[name] = running.get(name, 0) + 1
+        if name in self._member.loaded:
+            self._member.loaded.move_to_end(name)
+
+    def __exit__(self, *_: object) -> None:
+        running, name = self._member.running, self._name
+        running[name] -= 1
+        if not running[name]:
+            del running[name]
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The evaluation slot, held by a worker for one release."""
@@ -159,19 +181,9 @@ class Fleet:
         )
         return min(ready, key=lambda m: sum(m.running.values()), default=None)
 
-    @contextmanager
-    def run(self, member: Member, engine_name: str) -> Iterator[None]:
+    def run(self, member: Member, engine_name: str) -> Run:
         """Count one request on `member`; counted down exactly once, whatever ends the block."""
-        running = member.running
-        running[engine_name] = running.get(engine_name, 0) + 1
-        if engine_name in member.loaded:
-            member.loaded.move_to_end(engine_name)
-        try:
-            yield
-        finally:
-            running[engine_name] -= 1
-            if not running[engine_name]:
-                del running[engine_name]
+        return Run(member, engine_name)
 
     def explain_not_ready(self) -> str:
         """One sentence for `readyz` and for callers."""

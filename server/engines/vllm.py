@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 from yarl import URL
 
-from server.engines.base import EngineAddress, EngineRefused, EngineReply, EngineUnreachable
+from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
+from server.engines.connections import (
+    CONNECT_SECONDS,
+    KEEP_ALIVE_SECONDS,
+    Connections,
+    Posted,
+)
 
-CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 #: Longest silence on a load, a probe or a touch: they queue behind running generations, which are
 #: slow on a CPU.
 CALL_SECONDS = 300.0
-#: Below the 5 s after which vLLM closes an idle connection, so that no request is sent into a
-#: closing one.
-KEEP_ALIVE_SECONDS = 3.0
 
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
 _START_TIME = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
@@ -47,6 +49,7 @@ class VllmEngine:
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if address.api_key is not None:
             self._headers["Authorization"] = f"Bearer {address.api_key}"
+        self._connections = Connections(address.id, address.url, self._headers)
 
     async def is_healthy(self) -> bool:
         """True when `/health` answers 200 within `HEALTH_SECONDS`; never raises."""
@@ -122,32 +125,25 @@ class VllmEngine:
                 for i, prompt in enumerate(prompts)
             ]
 
-    @asynccontextmanager
-    async def post(
-        self, path: str, body: bytes, *, request_id: str, timeout_seconds: float
-    ) -> AsyncIterator[EngineReply]:
+    def post(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        timeout_seconds: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> Posted:
         """Send a JSON body to `path`; the reply's bytes come as they arrive.
 
         Leaving the context before the end closes the connection: vLLM then aborts the request.
         """
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=timeout_seconds
-        )
-        headers = {**self._headers, "X-Request-Id": request_id}
-        try:
-            response = await self._open().post(
-                self._url(path), data=body, headers=headers, timeout=timeout
-            )
-        except _BROKEN as error:
-            raise self._unreachable(error) from error
-        try:
-            yield EngineReply(response.status, response.headers, _Body(response, self))
-        finally:
-            # a reply that was read to its end has given its connection back already
-            response.close()
+        sent = {**(headers or {}), "X-Request-Id": request_id}
+        return self._connections.post(path, body, headers=sent, timeout_seconds=timeout_seconds)
 
     async def close(self) -> None:
-        """Close the connections, unless the session was handed in."""
+        """Close the connections; not a session that was handed in."""
+        self._connections.close()
         if self._owns_session and self._session is not None:
             await self._session.close()
             self._session = None
@@ -211,27 +207,7 @@ class VllmEngine:
         return URL(self.address.url + path, encoded=True)
 
     def _unreachable(self, error: BaseException) -> EngineUnreachable:
-        return EngineUnreachable(f"engine {self.address.id!r}: {type(error).__name__}: {error}")
-
-
-class _Body:
-    """The bytes of a reply as they arrive."""
-
-    def __init__(self, response: aiohttp.ClientResponse, engine: VllmEngine) -> None:
-        self._content = response.content
-        self._engine = engine
-
-    def __aiter__(self) -> _Body:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            chunk = await self._content.readany()
-        except _BROKEN as error:
-            raise self._engine._unreachable(error) from error
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
+        return self._connections.unreachable(error)
 
 
 def error_message(text: str) -> str:

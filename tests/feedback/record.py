@@ -7,20 +7,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from feedback.answers import (
-    OURS,
-    EndedAnswer,
-    StartedAnswer,
-    continuation_hash,
-    find_earlier,
-    messages_hash,
-    record_ended,
-    record_started,
-    root_hash,
-)
+from feedback.answers import OURS, continuation_hash, find_earlier, messages_hash
 from feedback.curation.policy import Policy
-from feedback.db import new_id
+from feedback.db import Driver, new_id
 from feedback.people import Viewer, find_or_create_person
+from feedback.recording import EndedAnswer, StartedAnswer, record_ended, record_started
 from feedback.tables import AnswerKind, AnswerStatus
 
 ALL_TRAIN = Policy(holdout_share=0.0)
@@ -72,7 +63,6 @@ def ask(
             "kind": AnswerKind.CHAT,
             "messages": [*ours, *messages],
             "prefix_hash": messages_hash(viewer.person_id, messages),
-            "root_hash": root_hash(messages),
             "sampling": {"n": len(replies)},
             "template_hash": "template",
             "external_conversation_id": external_id,
@@ -83,7 +73,7 @@ def ask(
             **fields,
         }
     )
-    record_started(session, [started])
+    record_started(Driver.of(session), [started])
     if status is not None:
         end(session, started, messages, replies, status, finish_reason)
     return started.id
@@ -107,14 +97,16 @@ def end(
         for index, text in enumerate(replies)
     ]
     record_ended(
-        session,
+        Driver.of(session),
         [
             EndedAnswer(
                 id=started.id,
-                person_id=started.person_id,
                 status=status,
                 choices=choices,
-                messages=messages,
+                hashes=[
+                    messages_hash(started.person_id, [*messages, choice["message"]])
+                    for choice in choices
+                ],
                 stored=started.stored,
                 prompt_tokens=12,
                 completion_tokens=7,

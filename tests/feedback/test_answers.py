@@ -8,22 +8,20 @@ import pytest
 from sqlalchemy import func, select
 
 from feedback.answers import (
-    EndedAnswer,
     delete_answer,
     get_answer,
     get_metadata,
     get_text,
-    interrupt_started,
     list_answers,
     messages_hash,
-    record_ended,
     root_hash,
     set_metadata,
 )
 from feedback.comparisons import NewComparison, compare
-from feedback.db import Database
+from feedback.db import Database, Driver
 from feedback.errors import NotFound
 from feedback.judgements import NewJudgement, judge
+from feedback.recording import EndedAnswer, interrupt_started, record_ended
 from feedback.tables import (
     Answer,
     AnswerContinuation,
@@ -125,8 +123,8 @@ def test_an_ended_answer_is_not_ended_again(database: Database) -> None:
         ana = make_viewer(session, "ana")
         ask(session, ana, "Hi", "Hello!", answer_id="a1")
         late: Any = {"index": 0, "message": {"role": "assistant", "content": "Too late"}}
-        ending = EndedAnswer("a1", ana.person_id, AnswerStatus.FAILED, [late], turns("Hi"))
-        record_ended(session, [ending, ending])
+        ending = EndedAnswer("a1", AnswerStatus.FAILED, [late], ["0" * 32])
+        record_ended(Driver.of(session), [ending, ending])
     with database.read() as session:
         answer = session.get_one(Answer, "a1")
         choices = session.get_one(AnswerText, "a1").choices

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
+import httpx
 import pytest
+from fastapi import FastAPI
+from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest, NotReady
-from server.errors import EngineFault, NotLoaded, envelope_of, event_of, fault_of_engine, headers_of
+from server.errors import (
+    EngineFault,
+    NotLoaded,
+    add_error_handlers,
+    envelope_of,
+    event_of,
+    fault_of_engine,
+    headers_of,
+)
+from server.logs import JsonFormatter
 
 NAMES = {"assistant-1-abcd": "assistant@1"}
 
@@ -53,6 +66,12 @@ def test_an_engine_that_says_nothing_useful_is_an_error_all_the_same(body: bytes
     assert "no reason" in fault_of_engine(500, body, names=NAMES).message
 
 
+def test_a_prompt_that_is_too_long_has_openais_code() -> None:
+    words = "This model's maximum context length is 8 tokens. However, your prompt contains 9"
+    assert fault_of_engine(400, said(words), names=NAMES).code == "context_length_exceeded"
+    assert fault_of_engine(400, said("n must be 1"), names=NAMES).code is None
+
+
 def test_an_error_as_an_event_is_one_line_and_try_later_says_when() -> None:
     error = NotReady("line\nbreak", retry_after_seconds=7)
     event = event_of(error)
@@ -60,3 +79,30 @@ def test_an_error_as_an_event_is_one_line_and_try_later_says_when() -> None:
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n") == 2
     assert headers_of(error) == {"retry-after": "7"}
+
+
+def test_a_reply_that_breaks_its_own_form_is_a_fault_whose_log_has_no_values(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = FastAPI()
+    add_error_handlers(app)
+
+    @app.get("/broken", response_model=Form)
+    def get_broken() -> dict[str, str]:
+        return {"count": "what somebody wrote"}
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/broken")
+
+    reply = asyncio.run(ask())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
+    (record,) = [record for record in caplog.records if hasattr(record, "action")]
+    assert (record.action, record.route) == ("reply_broken", "/broken")
+    assert record.where == ["count: int_parsing"]
+    assert "somebody" not in JsonFormatter().format(record)
+
+
+class Form(TypedDict):
+    count: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,43 +11,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import EngineFault
-from server.proxy import LARGEST_EVENT, Heard, _events, _renames
-
-pytestmark = pytest.mark.anyio
+from server.proxy import LARGEST_EVENT, Heard, _Events, _renames
 
 
-async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
-    for part in parts:
-        yield part
-
-
-async def split(*parts: bytes) -> list[bytes]:
-    return [event async for group in _events(pieces(*parts)) for event in group]
+def split(*parts: bytes) -> list[bytes]:
+    events = _Events()
+    return [event for part in parts for event in events.split(part)]
 
 
 STREAM = b'data: {"a":1}\n\ndata: {"b":2}\n\ndata: [DONE]\n\n'
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8))
-async def test_events_are_whole_wherever_the_network_cuts(cuts: list[int]) -> None:
+def test_events_are_whole_wherever_the_network_cuts(cuts: list[int]) -> None:
     ends = [0, *sorted(cuts), len(STREAM)]
     parts = [STREAM[a:b] for a, b in pairwise(ends)]
-    events = await split(*parts)
+    events = split(*parts)
     assert b"".join(events) == STREAM
     assert len(events) == 3
 
 
-async def test_half_an_event_at_the_end_is_no_event() -> None:
-    assert await split(STREAM + b'data: {"c"') == await split(STREAM)
+def test_half_an_event_at_the_end_is_no_event() -> None:
+    assert split(STREAM + b'data: {"c"') == split(STREAM)
 
 
-async def test_an_endless_event_is_a_fault() -> None:
+def test_an_endless_event_is_a_fault() -> None:
     with pytest.raises(EngineFault):
-        await split(*[b"x" * (LARGEST_EVENT // 2)] * 3)
+        split(*[b"x" * (LARGEST_EVENT // 2)] * 3)
 
 
 @given(st.text(min_size=1), st.text(), st.booleans(), st.sampled_from([(",", ":"), (", ", ": ")]))
-async def test_the_public_name_replaces_the_field_and_nothing_that_was_said(
+def test_the_public_name_replaces_the_field_and_nothing_that_was_said(
     engine_name: str, content: str, plain: bool, separators: tuple[str, str]
 ) -> None:
     said = f'{content} "model":"{engine_name}" {engine_name}'

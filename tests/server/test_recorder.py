@@ -1,11 +1,15 @@
-"""Groups of rows, rows that cannot be written, a database that is away."""
+"""Groups of rows, rows that cannot be written, a database that is away, a writer that dies."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,17 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from feedback.answers import EndedAnswer, StartedAnswer
+from feedback.answers import messages_hash
 from feedback.db import Database, new_id
 from feedback.people import find_or_create_person
+from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import Answer, AnswerStatus
 from server.recorder import NotRecorded, Recorder
+from server.writer import Writer, writer_lock
 
 pytestmark = pytest.mark.anyio
+
+SECONDS = 10.0  #: longest wait for a commit
 
 
 @pytest.fixture
@@ -29,11 +37,24 @@ def person(database: Database) -> str:
 
 
 @pytest.fixture
-def recorder(database: Database, tmp_path: Path) -> Iterator[Recorder]:
+async def recorder(database: Database, tmp_path: Path) -> AsyncIterator[Recorder]:
+    """With its writer in a thread."""
     recorder = Recorder(database, tmp_path / "dead" / "letters.jsonl")
-    recorder.start()
+    await recorder.start()
     yield recorder
-    recorder.stop()
+    await recorder.stop()
+
+
+@asynccontextmanager
+async def with_process(database: Database, folder: Path) -> AsyncIterator[Recorder]:
+    recorder = Recorder(
+        database, folder / "letters.jsonl", own_process=True, lock=folder / "writer.lock"
+    )
+    await recorder.start()
+    try:
+        yield recorder
+    finally:
+        await recorder.stop()
 
 
 def started(person: str, **more: Any) -> StartedAnswer:
@@ -52,7 +73,6 @@ def started(person: str, **more: Any) -> StartedAnswer:
         "kind": "chat",
         "messages": [{"role": "user", "content": "hi"}],
         "prefix_hash": new_id(""),
-        "root_hash": "r",
         "sampling": {},
     }
     return StartedAnswer(**{**values, **more})
@@ -62,10 +82,9 @@ def ended(answer: StartedAnswer) -> EndedAnswer:
     message = {"role": "assistant", "content": "hello"}
     return EndedAnswer(
         id=answer.id,
-        person_id=answer.person_id,
         status=AnswerStatus.COMPLETE,
         choices=[{"index": 0, "message": message, "finish_reason": "stop"}],
-        messages=answer.messages,
+        hashes=[messages_hash(answer.person_id, [*answer.messages, message])],
     )
 
 
@@ -74,17 +93,30 @@ def statuses(database: Database) -> dict[str, str]:
         return {a.id: a.status for a in session.scalars(select(Answer))}
 
 
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)  # another thread or process gets there
+
+
+def writer_of(recorder: Recorder) -> Writer:
+    assert recorder.writer is not None
+    return recorder.writer
+
+
 async def test_what_was_awaited_is_committed_and_groups_form_under_load(
     database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    write = recorder._write
-    monkeypatch.setattr(recorder, "_write", lambda g: (sizes.append(len(g)), write(g)))
+    writer = writer_of(recorder)
+    write = writer._write
+    monkeypatch.setattr(writer, "_write", lambda g: (sizes.append(len(g)), write(g)))
     rows = [started(person) for _ in range(200)]
-    await asyncio.gather(*(recorder.record(row) for row in rows))
-    await asyncio.gather(*(recorder.record(ended(row)) for row in rows))
+    await asyncio.gather(*(recorder.record(row, SECONDS) for row in rows))
+    await asyncio.gather(*(recorder.record(ended(row), SECONDS) for row in rows))
     assert statuses(database) == dict.fromkeys([row.id for row in rows], "complete")
     assert sum(sizes) == recorder.committed == 400
+    assert recorder.depth == 0
     assert max(sizes) <= 64
     assert len(sizes) < 100
 
@@ -94,7 +126,9 @@ async def test_a_row_that_cannot_be_written_takes_no_neighbour_along(
 ) -> None:
     rows = [started(person) for _ in range(5)]
     rows[2].person_id = "person_nobody"
-    results = await asyncio.gather(*(recorder.record(r) for r in rows), return_exceptions=True)
+    results = await asyncio.gather(
+        *(recorder.record(row, SECONDS) for row in rows), return_exceptions=True
+    )
     assert [isinstance(result, NotRecorded) for result in results] == [
         False,
         False,
@@ -110,11 +144,11 @@ async def test_the_end_of_an_answer_that_is_refused_becomes_a_dead_letter(
     recorder: Recorder, person: str, tmp_path: Path
 ) -> None:
     row = started(person)
-    await recorder.record(row)
+    await recorder.record(row, SECONDS)
     refused = ended(row)
-    refused.choices[0]["logprobs"] = float("nan")  # no JSON
+    refused.choices[0]["index"] = None  # its row must have one
     with pytest.raises(NotRecorded):
-        await recorder.record(refused)
+        await recorder.record(refused, SECONDS)
     assert recorder.lost == 1
     letters = tmp_path / "dead" / "letters.jsonl"
     assert json.loads(letters.read_text())["choices"][0]["message"]["content"] == "hello"
@@ -125,8 +159,9 @@ async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_the
     database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [started(person) for _ in range(3)]
-    await asyncio.gather(*(recorder.record(row) for row in rows))
-    write, away = recorder._write, threading.Event()
+    await asyncio.gather(*(recorder.record(row, SECONDS) for row in rows))
+    writer, away = writer_of(recorder), threading.Event()
+    write = writer._write
     away.set()
 
     def fails(group: Any) -> None:
@@ -134,54 +169,122 @@ async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_the
             raise OperationalError("INSERT", {}, Exception("database or disk is full"))
         write(group)
 
-    monkeypatch.setattr(recorder, "_write", fails)
+    monkeypatch.setattr(writer, "_write", fails)
     late = started(person)
-    waits = [*(recorder.record(ended(row)) for row in rows), recorder.record(late)]
+    waits = [
+        *(recorder.record(ended(row), SECONDS) for row in rows),
+        recorder.record(late, SECONDS),
+    ]
     assert all(
         isinstance(result, NotRecorded)
         for result in await asyncio.gather(*waits, return_exceptions=True)
     )
-    assert recorder.depth == 3
+    await until(lambda: recorder.depth == 3)
     away.clear()
     fresh = started(person)
-    await recorder.record(fresh)
-    async with asyncio.timeout(5):
-        while recorder.committed < 7:
-            await asyncio.sleep(0.01)
+    await recorder.record(fresh, SECONDS)
+    await until(lambda: recorder.committed == 7)
     found = statuses(database)
     assert [found[row.id] for row in rows] == ["interrupted"] * 3
     assert late.id not in found
     assert recorder.lost == 0
 
 
+@pytest.mark.parametrize("gives_up", ["is cancelled", "waits no longer"])
 async def test_whoever_stopped_waiting_is_not_said_to_have_got_the_end(
-    sqlite_database: Database, tmp_path: Path
+    sqlite_database: Database, tmp_path: Path, gives_up: str
 ) -> None:
     with sqlite_database.write() as session:
         person = find_or_create_person(session, "anna").id
     recorder = Recorder(sqlite_database, tmp_path / "letters")
-    recorder.start()
+    await recorder.start()
     row = started(person)
-    await recorder.record(row)
+    await recorder.record(row, SECONDS)
     locked = sqlite_database.engine.raw_connection()
     locked.execute("BEGIN IMMEDIATE")
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(recorder.record(ended(row)), 0.05)
+    if gives_up == "is cancelled":
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(recorder.record(ended(row), SECONDS), 0.05)
+    else:
+        with pytest.raises(NotRecorded, match=r"not committed within 0.05 s"):
+            await recorder.record(ended(row), 0.05)
     locked.execute("ROLLBACK")
     locked.close()
-    await asyncio.to_thread(recorder.stop)
+    await recorder.stop()
     with sqlite_database.read() as session:
         found = session.get_one(Answer, row.id)
         assert (found.status, found.error_code) == ("interrupted", "not_delivered")
+
+
+async def test_an_end_that_was_committed_and_not_sent_is_taken_back(
+    database: Database, recorder: Recorder, person: str
+) -> None:
+    row = started(person)
+    await recorder.record(row, SECONDS)
+    await recorder.record(ended(row), SECONDS)
+    recorder._take_back(ended(row))  # what a wait does that ends in the very moment of the commit
+    await until(lambda: statuses(database) == {row.id: "interrupted"})
 
 
 async def test_stopping_writes_what_is_queued(database: Database, tmp_path: Path) -> None:
     with database.write() as session:
         person = find_or_create_person(session, "anna").id
     recorder = Recorder(database, tmp_path / "letters")
-    recorder.start()
+    await recorder.start()
     row = started(person)
-    await recorder.record(row)
+    await recorder.record(row, SECONDS)
     recorder.record_soon(ended(row))
-    await asyncio.to_thread(recorder.stop)
+    await recorder.stop()
     assert statuses(database) == {row.id: "complete"}
+
+
+async def test_the_writer_s_process_writes_and_holds_its_lock_until_it_has(
+    database: Database, person: str, tmp_path: Path
+) -> None:
+    async with with_process(database, tmp_path) as recorder:
+        rows = [
+            started(person, messages=[{"role": "user", "content": "ü\u2028" * n}]) for n in (1, 9)
+        ]
+        await asyncio.gather(*(recorder.record(row, SECONDS) for row in rows))
+        for row in rows:
+            recorder.record_soon(ended(row))
+        with pytest.raises(BlockingIOError), (tmp_path / "writer.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with writer_lock(tmp_path / "writer.lock"):
+        assert statuses(database) == dict.fromkeys([row.id for row in rows], "complete")
+
+
+async def test_after_the_death_of_the_writer_another_one_writes_what_is_owed(
+    database: Database, person: str, tmp_path: Path
+) -> None:
+    async with with_process(database, tmp_path) as recorder:
+        answered, waits, late = started(person), started(person), started(person)
+        for row in (answered, waits):
+            await recorder.record(row, SECONDS)
+        await recorder.record(ended(answered), SECONDS)
+        assert recorder.process is not None
+        os.kill(recorder.process.pid, signal.SIGSTOP)
+        waiting = asyncio.ensure_future(recorder.record(ended(waits), SECONDS))
+        await asyncio.sleep(0)  # it has been sent
+        os.kill(recorder.process.pid, signal.SIGKILL)
+        with pytest.raises(NotRecorded, match="the writer ended"):
+            await waiting
+        with pytest.raises(NotRecorded, match="it is being started"):
+            await recorder.record(late, SECONDS)
+        await until(lambda: statuses(database).get(waits.id) == "interrupted")
+        fresh = started(person)
+        await recorder.record(fresh, SECONDS)
+        assert statuses(database) == {
+            answered.id: "complete",
+            waits.id: "interrupted",
+            fresh.id: "started",
+        }
+
+
+async def test_a_writer_that_cannot_start_is_an_error_at_once(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'nowhere' / 'x.sqlite3'}")
+    lock = tmp_path / "nowhere" / "writer.lock"
+    recorder = Recorder(database, tmp_path / "letters", own_process=True, lock=lock)
+    with pytest.raises(RuntimeError, match="ended before it was ready"):
+        await recorder.start()
+    await recorder.stop()

@@ -356,7 +356,9 @@ def test_a_front_end_may_say_that_a_call_is_its_own() -> None:
 
 def test_tools_without_a_parser_are_refused_by_the_settings_that_are_missing() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    for asked in ({"tools": tools}, {"tools": tools, "tool_choice": "auto"}):
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice in ({}, *({"tool_choice": choice} for choice in ("auto", "required", named))):
+        asked = {"tools": tools, **choice}
         with pytest.raises(BadRequest, match="enable-auto-tool-choice") as refused:
             check_tools(parse(**asked), False)
         assert refused.value.param == "tool_choice"
@@ -380,3 +382,24 @@ def test_what_is_known_of_the_engine_s_tool_parser(
     engine: EngineSettings, parses: bool | None
 ) -> None:
     assert engine.parses_tools is parses
+
+
+def test_what_a_message_may_not_have_is_named_and_goes_nowhere() -> None:
+    part = {"type": "text", "text": "a", "image_url": {"url": "http://x"}}
+    messages = [
+        {"role": "user", "content": "Hi", "chat_template": "x"},
+        {"role": "assistant", "content": [part], "name": "n"},
+    ]
+    parsed = parse(messages=messages, made_up=1)
+    assert parsed.ignored == (
+        "made_up",
+        "messages[0].chat_template",
+        "messages[1].content[0].image_url",
+    )
+    kept = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}], "name": "n"},
+    ]
+    assert parsed.messages == kept
+    with pytest.raises(BadRequest, match="chat_template"):
+        parse(messages=messages, strict=True)

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from server.metrics import MOST_SERIES, Counter
+from server.metrics import MOST_HISTOGRAMS, MOST_SERIES, Counter, Histogram
 from tests.gateway_fixtures import RunningGateway
 
 DASHBOARD = Path(__file__).resolve().parents[3] / "docs/grafana/burnish.json"
@@ -32,7 +32,7 @@ def _read(text: str) -> dict[str, float]:
 
 def test_figures_are_those_of_the_gateway(sqlite_gateway: RunningGateway) -> None:
     gateway = sqlite_gateway.gateway
-    gateway.recorder.committed, gateway.recorder.lost = 7, 2
+    gateway.recorder._before = (7, 2)
     gateway.fleet.integrity_errors = 3
     reply = sqlite_gateway.client().get("/metrics")
     figures = _read(reply.text)
@@ -49,7 +49,7 @@ def test_figures_are_those_of_the_gateway(sqlite_gateway: RunningGateway) -> Non
 
 
 def test_large_counts_are_written_in_full(sqlite_gateway: RunningGateway) -> None:
-    sqlite_gateway.gateway.recorder.committed = 123_456_789
+    sqlite_gateway.gateway.recorder._before = (123_456_789, 0)
     text = sqlite_gateway.client().get("/metrics").text
     assert "\nburnish_recorder_rows_committed_total 123456789\n" in text
 
@@ -71,14 +71,16 @@ def test_what_was_asked_answered_and_judged_is_counted(sqlite_gateway: RunningGa
     assert requests("/v1/chat/completions", 404) == 1
     assert requests("other", 404) == 1
     assert requests("/v1/feedback", 201) == 1
+    whose = 'release="assistant@0",arm="production"'
+    labels = f"{{{whose}}}"
     for kind in ("plain", "streamed"):
-        duration = f'burnish_request_duration_seconds_bucket{{kind="{kind}",le="+Inf"}}'
+        duration = f'burnish_request_duration_seconds_bucket{{{whose},kind="{kind}",le="+Inf"}}'
         assert figures[duration] == 1
-        assert 0 < figures[f'burnish_request_duration_seconds_sum{{kind="{kind}"}}'] < 30
-    assert figures["burnish_time_to_first_token_seconds_count"] == 1
-    assert figures["burnish_gateway_overhead_seconds_count"] == 2
-    assert 0 < figures["burnish_gateway_overhead_seconds_sum"] < 30
-    labels = '{release="assistant@0",arm="production"}'
+        assert 0 < figures[f'burnish_request_duration_seconds_sum{{{whose},kind="{kind}"}}'] < 30
+    assert figures[f"burnish_time_to_first_token_seconds_count{labels}"] == 1
+    assert figures[f"burnish_gateway_overhead_seconds_count{labels}"] == 2
+    assert 0 < figures[f"burnish_gateway_overhead_seconds_sum{labels}"] < 30
+    assert figures[f'burnish_answers_total{{{whose},status="complete"}}'] == 2
     usage = answer["usage"]
     assert figures[f"burnish_prompt_tokens_total{labels}"] == 2 * usage["prompt_tokens"]
     assert figures[f"burnish_completion_tokens_total{labels}"] == 2 * usage["completion_tokens"]
@@ -93,6 +95,48 @@ def test_a_counter_holds_a_bounded_number_of_series() -> None:
     figures = {labels["release"]: value for labels, value in counter.samples()}
     assert len(figures) == MOST_SERIES + 1
     assert figures["other"] == 5
+
+
+def test_a_histogram_holds_a_bounded_number_of_series() -> None:
+    histogram = Histogram((1.0, 2.0), "release", "arm")
+    for number in range(MOST_HISTOGRAMS + 5):
+        histogram.observe(1.5, f"assistant@{number}", "pinned")
+    histogram.observe(9.0)
+    found = {labels["release"]: (counts, total) for labels, counts, total in histogram.series()}
+    assert len(found) == MOST_HISTOGRAMS + 1
+    assert found["assistant@0"] == ([0, 1, 0], 1.5)
+    assert found["other"] == ([0, 5, 1], 16.5)
+
+
+def test_what_should_stay_0_is_there_from_the_start(sqlite_gateway: RunningGateway) -> None:
+    figures = _read(sqlite_gateway.client().get("/metrics").text)
+    for name in (
+        "burnish_not_recorded_total",
+        "burnish_recorder_rows_lost_total",
+        "burnish_recorder_queue_rows",
+        "burnish_integrity_errors_total",
+    ):
+        assert figures[name] == 0
+
+
+def test_no_label_names_a_person_or_repeats_what_was_said(sqlite_gateway: RunningGateway) -> None:
+    secret = "ochre"
+    client = sqlite_gateway.client(sqlite_gateway.key(f"{secret}-user", "chat", "feedback"))
+    message = {"role": "user", "content": secret}
+    body = {"model": "assistant", "messages": [message], "user": secret, "metadata": {"a": secret}}
+    answer = client.post("/v1/chat/completions", json=body).json()
+    client.post("/v1/chat/completions", json={**body, "model": secret})
+    client.get(f"/{secret}")
+    verdict = {"completion_id": answer["id"], "kind": "signal", "name": secret, "value": secret}
+    assert client.post("/v1/feedback", json=verdict).status_code == 201
+    text = sqlite_gateway.client().get("/metrics").text
+    assert 'burnish_judgements_total{kind="signal",source="human"} 1' in text
+    assert secret not in text
+    labels = set(re.findall(r'[{,]([a-z_]+)="', text))
+    assert labels <= {
+        "route", "status", "release", "arm", "kind", "source", "le", "engine", "state",
+        "deployment", "production",
+    }  # fmt: skip
 
 
 def test_the_dashboard_shows_figures_that_exist_and_leaves_none_out(

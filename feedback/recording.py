@@ -1,0 +1,281 @@
+"""Records answers: rows for many requests at once, in as few statements as there are tables.
+
+Owns: how an answer begins and ends in the database, and which conversation it is put into. Every
+answer pays for these statements, so they are written out and run by the driver: what SQLAlchemy
+does around a statement took two thirds of a group's time. Does not own: when groups are committed
+(`server/writer.py`), who reads answers (`answers.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import text, update
+from sqlalchemy.orm import Session
+
+from feedback.answers import EarlierAnswer, root_hash
+from feedback.db import Driver, canonical_json, new_id, now
+from feedback.tables import (
+    Answer,
+    AnswerContinuation,
+    AnswerMetadata,
+    AnswerStatus,
+    AnswerText,
+    Conversation,
+)
+
+NOT_DELIVERED = "not_delivered"
+"""The error code of an answer whose end the client was not sent after all."""
+
+
+@dataclass(slots=True)
+class StartedAnswer:
+    """A request that is about to be sent to an engine; the fields are those of `Answer`."""
+
+    id: str
+    person_id: str
+    key_id: str | None
+    deployment: str | None
+    release: str
+    requested_model: str
+    arm: str
+    propensity: float
+    generation: int
+    engine: str | None
+    gateway: str
+    kind: str
+    #: as the engine gets them, ours marked; their first user turn names a new conversation
+    messages: list[dict[str, Any]]
+    prefix_hash: str
+    sampling: dict[str, Any]
+    template_hash: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    external_conversation_id: str | None = None
+    earlier: EarlierAnswer | None = None
+    stored: bool = True
+    trainable: bool = True
+    started_at: datetime = field(default_factory=now)
+
+
+@dataclass(slots=True)
+class EndedAnswer:
+    """How an answer ended; `choices` are OpenAI's `{index, message, finish_reason}`, by index.
+
+    `hashes` name the conversation up to each choice (`MessagesHash`): the next turn finds it so.
+    """
+
+    id: str
+    status: AnswerStatus
+    choices: list[dict[str, Any]]
+    hashes: list[str] = field(default_factory=list)
+    reasoning: list[str | None] | None = None
+    stored: bool = True
+    error_code: str | None = None
+    engine: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token_at: datetime | None = None
+    ended_at: datetime = field(default_factory=now)
+
+
+def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
+    """Insert `batch` as `started`, each in its conversation."""
+    answers: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    conversations: list[dict[str, Any]] = []
+    same_prefix = _find_same_prefix(driver, batch)
+    named = _find_named_conversations(driver, batch)
+    for item in batch:
+        before = same_prefix.get((item.person_id, item.prefix_hash))
+        conversation_id = named.get((item.person_id, item.external_conversation_id or ""))
+        if conversation_id is None and item.external_conversation_id is None:
+            if item.earlier is not None:
+                conversation_id = item.earlier.conversation_id
+            elif before is not None:
+                conversation_id = before[1]
+        if conversation_id is None:
+            conversation_id = new_id("conv_")
+            conversations.append(
+                {
+                    "id": conversation_id,
+                    "person_id": item.person_id,
+                    "external_id": item.external_conversation_id,
+                    "root_hash": root_hash(item.messages),
+                    "created_at": driver.time(item.started_at),
+                }
+            )
+            if item.external_conversation_id is not None:
+                named[item.person_id, item.external_conversation_id] = conversation_id
+        regenerates = before[0] if before is not None and before[1] == conversation_id else None
+        same_prefix[item.person_id, item.prefix_hash] = (item.id, conversation_id)
+        answers.append(_answer_values(driver, item, conversation_id, regenerates))
+        if item.stored:
+            tools = None if item.tools is None else canonical_json(item.tools)
+            texts.append(
+                {
+                    "answer_id": item.id,
+                    "messages": canonical_json(item.messages),
+                    "tools": tools,
+                    "choices": None,
+                    "reasoning": None,
+                }
+            )
+        pairs.extend({"answer_id": item.id, "key": k, "value": v} for k, v in item.metadata.items())
+    driver.insert(Conversation, conversations)
+    driver.insert(Answer, answers)
+    driver.insert(AnswerText, texts)
+    driver.insert(AnswerMetadata, pairs)
+
+
+def _answer_values(
+    driver: Driver, item: StartedAnswer, conversation_id: str, regenerates: str | None
+) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "person_id": item.person_id,
+        "key_id": item.key_id,
+        "deployment": item.deployment,
+        "release": item.release,
+        "requested_model": item.requested_model,
+        "arm": str(item.arm),
+        "propensity": item.propensity,
+        "generation": item.generation,
+        "engine": item.engine,
+        "gateway": item.gateway,
+        "kind": str(item.kind),
+        "conversation_id": conversation_id,
+        "parent_id": item.earlier.id if item.earlier is not None else None,
+        "regenerates_id": regenerates,
+        "prefix_hash": item.prefix_hash,
+        "stored": item.stored,
+        "trainable": item.trainable,
+        "template_hash": item.template_hash,
+        "sampling": canonical_json(item.sampling),
+        "status": AnswerStatus.STARTED.value,
+        "error_code": None,
+        "prompt_tokens": None,
+        "completion_tokens": None,
+        "started_at": driver.time(item.started_at),
+        "first_token_at": None,
+        "ended_at": None,
+        "revision": 0,
+    }
+
+
+def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:
+    """Write how the answers of `batch` ended.
+
+    An answer that is no longer `started` stays as it is.
+    """
+    awaited = _find_awaited(driver, [item.id for item in batch])
+    ending = {item.id: item for item in reversed(batch) if item.id in awaited}
+    driver.run(
+        "UPDATE answers SET status = ?, error_code = ?, engine = ?, prompt_tokens = ?, "
+        "completion_tokens = ?, first_token_at = ?, ended_at = ? WHERE id = ?",
+        [
+            (
+                item.status.value,
+                item.error_code,
+                item.engine,
+                item.prompt_tokens,
+                item.completion_tokens,
+                driver.time(item.first_token_at),
+                driver.time(item.ended_at),
+                item.id,
+            )
+            for item in ending.values()
+        ],
+    )
+    kept = [item for item in ending.values() if item.stored]
+    driver.run(
+        "UPDATE answer_texts SET choices = ?, reasoning = ? WHERE answer_id = ?",
+        [
+            (
+                canonical_json(item.choices),
+                None if item.reasoning is None else canonical_json(item.reasoning),
+                item.id,
+            )
+            for item in kept
+        ],
+    )
+    driver.insert(
+        AnswerContinuation,
+        [
+            {"answer_id": item.id, "choice_index": choice["index"], "hash": name}
+            for item in kept
+            for choice, name in zip(item.choices, item.hashes, strict=True)
+        ],
+    )
+
+
+def record_undelivered(driver: Driver, answer_ids: Iterable[str]) -> None:
+    """Answers recorded as complete whose end was not sent after all: interrupted."""
+    driver.run(
+        "UPDATE answers SET status = ?, error_code = ? WHERE id = ? AND status = ?",
+        [
+            (AnswerStatus.INTERRUPTED.value, NOT_DELIVERED, answer_id, AnswerStatus.COMPLETE.value)
+            for answer_id in answer_ids
+        ],
+    )
+
+
+def interrupt_started(session: Session, gateway: str | None = None) -> int:
+    """Mark answers that a stopped gateway left `started` as interrupted; the number of them.
+
+    `gateway` limits it to that gateway's own; None: all, where there is one gateway only.
+    """
+    statement = update(Answer).where(text("status = 'started'"))  # in the index's own words
+    if gateway is not None:
+        statement = statement.where(Answer.gateway == gateway)
+    result = session.execute(
+        statement.values(
+            status=AnswerStatus.INTERRUPTED, error_code="gateway_stopped", ended_at=now()
+        )
+    )
+    return int(getattr(result, "rowcount", 0))
+
+
+def _find_same_prefix(
+    driver: Driver, batch: Sequence[StartedAnswer]
+) -> dict[tuple[str, str], tuple[str, str]]:
+    """(person, prefix hash) → (answer, conversation) of the newest answer to the same messages."""
+    # One index seek for each, however often the same was asked before.
+    found = {}
+    for prefix in sorted({item.prefix_hash for item in batch}):
+        for person, answer, conversation in driver.rows(
+            "SELECT person_id, id, conversation_id FROM answers WHERE prefix_hash = ? "
+            "ORDER BY id DESC LIMIT 1",
+            (prefix,),
+        ):
+            found[person, prefix] = (answer, conversation)
+    return found
+
+
+def _find_named_conversations(
+    driver: Driver, batch: Sequence[StartedAnswer]
+) -> dict[tuple[str, str], str]:
+    found = {}
+    for person, name in {(item.person_id, item.external_conversation_id) for item in batch}:
+        if name is None:
+            continue
+        for (conversation,) in driver.rows(
+            "SELECT id FROM conversations WHERE person_id = ? AND external_id = ?", (person, name)
+        ):
+            found[person, name] = conversation
+    return found
+
+
+def _find_awaited(driver: Driver, ids: Sequence[str]) -> set[str]:
+    """Those of `ids` that are still `started`; on PostgreSQL locked, in the order of their ids."""
+    lock = "" if driver.is_sqlite else " ORDER BY id FOR UPDATE"
+    marks = ", ".join("?" * len(ids))
+    found = driver.rows(
+        f"SELECT id FROM answers WHERE status = ? AND id IN ({marks}){lock}",
+        (AnswerStatus.STARTED.value, *ids),
+    )
+    return {answer_id for (answer_id,) in found}

@@ -1,0 +1,231 @@
+"""Kept connections, against a server that says exactly what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from server.engines import connections
+from server.engines.base import EngineUnreachable
+from server.engines.connections import MOST_BUFFERED_BYTES, Connections
+
+pytestmark = pytest.mark.anyio
+
+HELLO = b"HTTP/1.1 200 OK\r\nX-Said: hello\r\nContent-Length: 5\r\n\r\nhello"
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Peer:
+    """A server on loopback; `serve` is what it does with each request."""
+
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.ended = asyncio.Event()  #: a client has closed its end
+
+    async def meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0])
+                self.requests.append(head + await reader.readexactly(length))
+                await self._serve(reader, writer)
+        except (asyncio.IncompleteReadError, OSError):
+            self.ended.set()
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def peer(serve: Serve, path: str = "") -> AsyncIterator[tuple[Peer, Connections]]:
+    server_side = Peer(serve)
+    server = await asyncio.start_server(server_side.meet, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}{path}"
+    pool = Connections("engine-1", url, {"Authorization": "Bearer k"})
+    try:
+        yield server_side, pool
+    finally:
+        pool.close()
+        server.close()
+        await server.wait_closed()
+
+
+def says(*pieces: bytes) -> Serve:
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.002)  # so that each piece travels alone
+
+    return serve
+
+
+async def post(pool: Connections, body: bytes = b"{}", seconds: float = 5.0) -> tuple[Any, bytes]:
+    async with pool.post("/v1/x", body, headers={"X-Id": "7"}, timeout_seconds=seconds) as reply:
+        return reply, b"".join([piece async for piece in reply.body])
+
+
+async def test_a_connection_is_used_again_and_asks_as_it_was_told() -> None:
+    async with peer(says(HELLO), "/engine/") as (server_side, pool):
+        for _ in range(3):
+            reply, body = await post(pool, b'{"a": 1}')
+            assert (reply.status, reply.headers["x-said"], body) == (200, "hello", b"hello")
+        assert server_side.connections == 1
+        head, _, sent = server_side.requests[0].partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        assert lines[0] == "POST /engine/v1/x HTTP/1.1"
+        assert {"Authorization: Bearer k", "X-Id: 7", "Content-Length: 8"} < set(lines)
+        assert sent == b'{"a": 1}'
+
+
+async def test_requests_at_once_have_a_connection_each() -> None:
+    async with peer(says(HELLO[:-5], b"hello")) as (server_side, pool):
+        replies = await asyncio.gather(*(post(pool) for _ in range(5)))
+        assert [body for _, body in replies] == [b"hello"] * 5
+        assert server_side.connections == 5
+        await post(pool)
+        assert server_side.connections == 5
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"4\r\ndata",
+            b"\r\n2\r\n: \r\n",
+            b"0\r\n\r\n",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", b"ngth: 6\r\n\r\nda", b"ta", b": "),
+    ],
+    ids=["chunked", "cut anywhere"],
+)
+async def test_bodies_come_whole_however_they_travel(pieces: tuple[bytes, ...]) -> None:
+    async with peer(says(*pieces)) as (server_side, pool):
+        for _ in range(2):
+            assert (await post(pool))[1] == b"data: "
+        assert server_side.connections == 1
+
+
+async def test_a_body_may_end_with_its_connection() -> None:
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\nall of it")
+        writer.close()
+
+    async with peer(serve) as (server_side, pool):
+        for count in (1, 2):
+            assert (await post(pool))[1] == b"all of it"
+            assert server_side.connections == count
+
+
+async def test_pieces_come_before_the_end_and_leaving_early_closes_the_connection() -> None:
+    first = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhere\r\n"
+    async with peer(says(first)) as (server_side, pool):
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=5)
+        async with asyncio.timeout(5):
+            async with asked as reply:
+                assert await anext(reply.body) == b"here"
+            await server_side.ended.wait()
+        assert server_side.connections == 1
+
+
+async def test_a_wait_that_is_cancelled_closes_the_connection() -> None:
+    async with peer(says(b"HTTP/1.1 200")) as (server_side, pool):
+        waiting = asyncio.ensure_future(post(pool))
+        async with asyncio.timeout(5):
+            while not server_side.requests:
+                await asyncio.sleep(0.001)  # the request is on its way
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            await server_side.ended.wait()
+
+
+async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("serve", "why"),
+    [
+        (hang_up, "the connection ended"),
+        (says(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"), "silent for 0.2 s"),
+        (says(b"HTTP/1.1 200"), "silent for 0.2 s"),
+        (says(b"SSH-2.0-OpenSSH\r\n\r\n"), "not HTTP"),
+    ],
+    ids=["hangs up", "is silent in its body", "is silent in its head", "speaks something else"],
+)
+async def test_a_broken_reply_is_an_engine_that_cannot_be_reached(serve: Serve, why: str) -> None:
+    async with peer(serve) as (_, pool):
+        with pytest.raises(EngineUnreachable, match=f"engine 'engine-1': .*{why}"):
+            await post(pool, seconds=0.2)
+
+
+async def test_a_body_that_is_cut_off_is_no_whole_one() -> None:
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+        writer.close()
+
+    async with peer(serve) as (_, pool):
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=5)
+        async with asked as reply:
+            assert await anext(reply.body) == b"half"
+            with pytest.raises(EngineUnreachable, match="the connection ended"):
+                await anext(reply.body)
+
+
+async def test_nobody_there_is_unreachable() -> None:
+    server = await asyncio.start_server(Peer(says(HELLO)).meet, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(EngineUnreachable, match="engine 'engine-1'"):
+        await post(Connections("engine-1", f"http://127.0.0.1:{port}", {}))
+
+
+async def test_a_connection_that_was_closed_or_idle_for_long_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO.replace(b"\r\nX-Said", b"\r\nConnection: close\r\nX-Said"))
+
+    async with peer(serve) as (server_side, pool):
+        await post(pool)
+        await post(pool)
+        assert server_side.connections == 2
+    async with peer(says(HELLO)) as (server_side, pool):
+        await post(pool)
+        monkeypatch.setattr(connections, "KEEP_ALIVE_SECONDS", 0.0)
+        await post(pool)
+        assert server_side.connections == 2
+
+
+async def test_what_is_not_read_is_not_taken_from_the_engine() -> None:
+    sent = 0
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        for _ in range(1000):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+            sent += 100_000
+
+    async with peer(serve) as (_, pool):
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=0.3)
+        async with asked as reply:
+            await asyncio.sleep(0.6)  # longer than the engine may be silent: it is not, we are
+            piece = await anext(reply.body)
+            assert len(piece) < MOST_BUFFERED_BYTES + 512 * 1024
+            assert sent < 20_000_000  # what the kernel's buffers hold
+            async with asyncio.timeout(10):
+                rest = [len(piece) async for piece in reply.body]
+            assert len(piece) + sum(rest) == 100_000_000
