@@ -17,7 +17,7 @@ from tuner.tables import Deployment
 class Policies(BaseModel):
     """What may be set: a field left out keeps its value, null returns to the default."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     curation: dict[str, Any] | None = Field(
         default=None, description="Choices between a verdict and a training example."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter
+from typing_extensions import TypedDict
 
 from server import access
 from server.endpoints.fields import unix
@@ -13,8 +14,27 @@ from server.sessions import CallerDep, ReadSession
 router = APIRouter(tags=["releases"])
 
 
+class AdapterObject(TypedDict):
+    """LoRA weights as the API shows them."""
+
+    id: str
+    object: Literal["adapter"]
+    content_hash: str
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+    base_model: str
+    base_revision: str
+    template_hash: str | None
+    bytes: int
+    origin: str
+    job_id: str | None
+    releases: list[str]
+    created_at: int
+
+
 @router.get("/admin/adapters/{adapter_id}")
-def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> AdapterObject:
     """One adapter and the releases that answer with it."""
     row, releases = access.get_adapter(session, caller, adapter_id)
     return {

@@ -41,9 +41,11 @@ T = TypeVar("T")
 
 
 class Part(BaseModel):
-    """An object inside a body: a key that is not known is an error that names it."""
+    """An object inside a body: a key that is not known is an error that names it, and a value of
+    another type is not made to fit. Enumerations and tuples say `strict=False`: JSON has neither.
+    """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Body(Part):

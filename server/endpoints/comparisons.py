@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from feedback.comparisons import NewComparison, compare
 from feedback.tables import Comparison, Preferred
 from server.endpoints.bodies import Body, JsonRoute
-from server.endpoints.feedback import Source, person_of, teaching_of, user_of
-from server.endpoints.fields import Name, unix
+from server.endpoints.feedback import Source, SourceObject, person_of, teaching_of, user_of
+from server.endpoints.fields import Name, one_of, unix
 from server.sessions import CallerDep, WriteSession
 
 router = APIRouter(prefix="/v1/comparisons", tags=["feedback"], route_class=JsonRoute)
@@ -25,9 +26,11 @@ _EXCHANGED = {Preferred.A: Preferred.B, Preferred.B: Preferred.A}
 class ComparisonCreate(Body):
     """One comparison. `preferred` null withdraws it."""
 
-    completion_ids: tuple[str, str]
-    choice_indexes: tuple[Choice, Choice] = (0, 0)
-    preferred: Preferred | None = Field(description="a: the first; b: the second; null withdraws.")
+    completion_ids: tuple[str, str] = Field(strict=False)
+    choice_indexes: tuple[Choice, Choice] = Field(default=(0, 0), strict=False)
+    preferred: Preferred | None = Field(
+        strict=False, description="a: the first; b: the second; null withdraws."
+    )
     comment: str | None = None
     source: Source = Source()
     user: Name | None = Field(
@@ -36,10 +39,31 @@ class ComparisonCreate(Body):
     id: str | None = None
 
 
-@router.post("", status_code=201, responses={200: {"description": "It stood already."}})
+class ComparisonObject(TypedDict):
+    """A comparison as it stands, in the order of the request."""
+
+    id: str
+    object: Literal["comparison"]
+    completion_ids: tuple[str, str]
+    choice_indexes: tuple[int, int]
+    preferred: Annotated[str, one_of(Preferred)] | None
+    comment: str | None
+    source: SourceObject
+    user: str
+    revision: int
+    teaches: str
+    created_at: int
+    updated_at: int
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses={200: {"model": ComparisonObject, "description": "It stood already."}},
+)
 def give_comparison(
     body: ComparisonCreate, caller: CallerDep, session: WriteSession, response: Response
-) -> dict[str, Any]:
+) -> ComparisonObject:
     """Say which of two answers is better."""
     new = NewComparison(
         completion_ids=body.completion_ids,
@@ -57,7 +81,7 @@ def give_comparison(
     return _comparison(session, row, body)
 
 
-def _comparison(session: Session, row: Comparison, body: ComparisonCreate) -> dict[str, Any]:
+def _comparison(session: Session, row: Comparison, body: ComparisonCreate) -> ComparisonObject:
     """In the order of the request; the row has its own."""
     preferred = None if row.preferred is None else Preferred(row.preferred)
     turned = (row.answer_a, row.choice_a) != (body.completion_ids[0], body.choice_indexes[0])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from feedback import datasets
+from feedback.tables import DatasetStatus
 from server.access import append_audit, get_dataset, get_deployment, reach
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute
-from server.endpoints.fields import Limit, Name
-from server.endpoints.stored import page
+from server.endpoints.fields import Limit, Name, Page, one_of, page
 from server.endpoints.waiting import PENDING, wait_while_pending
 from server.gateway import Gateway
 from server.policies import curation_policy
@@ -36,7 +37,31 @@ class DatasetCreate(Body):
     wait_seconds: WaitSeconds = 60
 
 
-@router.post("", status_code=201, responses={202: {"description": "Still queued or running."}})
+class DatasetObject(TypedDict):
+    """What `feedback.datasets.describe_dataset` tells. A kind without rows has no file: null."""
+
+    id: str
+    object: Literal["dataset"]
+    deployment: str
+    status: Annotated[str, one_of(DatasetStatus)]
+    counts: dict[str, int]
+    dropped: dict[str, int]
+    content_hash: str | None
+    files: dict[str, str | None]
+    holdout_files: dict[str, str | None]
+    openai_files: dict[str, str | None]
+    error: str | None
+    policy_hash: str | None
+    created_at: int
+    ready_at: int | None
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=DatasetObject,
+    responses={202: {"model": DatasetObject, "description": "Still queued or running."}},
+)
 async def create_dataset(
     body: DatasetCreate,
     request: Request,
@@ -55,14 +80,14 @@ async def create_dataset(
     return found
 
 
-@router.get("")
+@router.get("", response_model=Page[DatasetObject])
 def list_datasets(
     caller: CallerDep,
     session: ReadSession,
     deployment: str | None = None,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[dict[str, Any]]:
     """Data sets, newest first."""
     if after is not None:
         get_dataset(session, caller, after, param="after")
@@ -72,7 +97,7 @@ def list_datasets(
     return page([datasets.describe_dataset(session, row) for row in rows], has_more)
 
 
-@router.get("/{dataset_id}")
+@router.get("/{dataset_id}", response_model=DatasetObject)
 def get_one_dataset(dataset_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
     """One data set: counts, what was dropped and why, its files."""
     return datasets.describe_dataset(session, get_dataset(session, caller, dataset_id))

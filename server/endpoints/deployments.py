@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from pydantic import Field, model_validator
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest, Conflict, Forbidden
 from server import deployments
@@ -22,8 +23,7 @@ from server.access import append_audit, get_deployment, get_release, sees
 from server.auth import Caller, Scope
 from server.deployments import Move
 from server.endpoints.bodies import Body, JsonRoute, Part
-from server.endpoints.fields import Generation, Name, Note, unix
-from server.endpoints.stored import page
+from server.endpoints.fields import Generation, Name, Note, Page, page, unix
 from server.gateway import Gateway
 from server.policies import Policies, merge_policies
 from server.sessions import CallerDep, GatewayDep, ReadSession
@@ -101,6 +101,43 @@ class Rollback(Body):
     note: Note | None = None
 
 
+class EngineObject(TypedDict):
+    """An engine, and the releases of the deployment that it can answer as."""
+
+    id: str
+    state: str
+    reason: str | None
+    releases: list[str]
+
+
+class DeploymentObject(TypedDict):
+    """A public model name: its roles and what it is set to."""
+
+    id: str
+    name: str
+    object: Literal["deployment"]
+    base_model: str
+    production: str
+    previous: str | None
+    canary: str | None
+    canary_percent: float
+    generation: int
+    rolled_back: bool
+    aliases: list[str]
+    system_prompt: str | None
+    sampling: dict[str, Any]
+    policies: dict[str, Any]
+    sources: list[str]
+    engines: list[EngineObject]
+    created_at: int
+
+
+class ChangedDeployment(DeploymentObject):
+    """A deployment after a change, and the release that its new prompt or sampling made."""
+
+    candidate: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class EngineView:
     """An engine at one moment. Taken in the event loop, which owns the fleet."""
@@ -132,7 +169,7 @@ EnginesDep = Annotated[list[EngineView], Depends(view_engines)]
 @router.get("")
 def list_deployments(
     caller: CallerDep, session: ReadSession, engines: EnginesDep
-) -> dict[str, Any]:
+) -> Page[DeploymentObject]:
     """All deployments, by name."""
     rows = releases.list_deployments(session, names=caller.key.deployments)
     return page([_deployment(session, caller, row, engines) for row in rows], False)
@@ -141,7 +178,7 @@ def list_deployments(
 @router.get("/{name}")
 def get_one_deployment(
     name: str, caller: CallerDep, session: ReadSession, engines: EnginesDep
-) -> dict[str, Any]:
+) -> DeploymentObject:
     """One deployment: its roles, its settings, and what its engines hold."""
     return _deployment(session, caller, get_deployment(session, caller, name), engines)
 
@@ -149,7 +186,7 @@ def get_one_deployment(
 @router.post("", status_code=201)
 async def create_deployment(
     body: DeploymentCreate, caller: CallerDep, gateway: GatewayDep
-) -> dict[str, Any]:
+) -> DeploymentObject:
     """Make a deployment."""
 
     def make(session: Session) -> str:
@@ -162,7 +199,7 @@ async def create_deployment(
 @router.patch("/{name}")
 async def change_deployment(
     name: str, body: DeploymentChange, caller: CallerDep, gateway: GatewayDep
-) -> dict[str, Any]:
+) -> ChangedDeployment:
     """Aliases and policies act at once; system prompt and sampling make the `candidate`."""
     candidates: list[str] = []
 
@@ -177,7 +214,7 @@ async def change_deployment(
 @router.post("/{name}/promote")
 async def promote(
     name: str, body: Promotion, caller: CallerDep, gateway: GatewayDep
-) -> dict[str, Any]:
+) -> DeploymentObject:
     """Make a release production. The reply comes after the flip; the previous one stays loaded."""
 
     def look(session: Session) -> None:
@@ -193,7 +230,7 @@ async def promote(
 @router.post("/{name}/rollback")
 async def rollback(
     name: str, caller: CallerDep, gateway: GatewayDep, body: Rollback | None = None
-) -> dict[str, Any]:
+) -> DeploymentObject:
     """Return to the release before. Nothing is loaded: it has stayed."""
     body = body or Rollback()
     await asyncio.to_thread(_read, gateway, lambda session: get_deployment(session, caller, name))
@@ -264,6 +301,7 @@ def _apply(session: Session, caller: Caller, row: Deployment, body: DeploymentCh
             system_prompt=prompt,
             sampling=sampling,
             job_id=production.job_id,
+            suffix=production.suffix,
             dataset_id=production.dataset_id,
             sources_left_out=production.sources_left_out,
             created_by=caller.key.user,
@@ -283,7 +321,7 @@ def _apply(session: Session, caller: Caller, row: Deployment, body: DeploymentCh
 
 async def _change(
     gateway: Gateway, caller: Caller, work: Callable[[Session], str]
-) -> dict[str, Any]:
+) -> DeploymentObject:
     """Run `work` as one transaction, have the gateway read it, and show the deployment it names."""
 
     def write() -> str:
@@ -295,10 +333,10 @@ async def _change(
     return await _show(gateway, caller, name)
 
 
-async def _show(gateway: Gateway, caller: Caller, name: str) -> dict[str, Any]:
+async def _show(gateway: Gateway, caller: Caller, name: str) -> DeploymentObject:
     engines = await view_engines(gateway)
 
-    def show(session: Session) -> dict[str, Any]:
+    def show(session: Session) -> DeploymentObject:
         return _deployment(session, caller, get_deployment(session, caller, name), engines)
 
     return await asyncio.to_thread(_read, gateway, show)
@@ -311,7 +349,7 @@ def _read(gateway: Gateway, look: Callable[[Session], Any]) -> Any:
 
 def _deployment(
     session: Session, caller: Caller, row: Deployment, engines: list[EngineView]
-) -> dict[str, Any]:
+) -> DeploymentObject:
     production = releases.production_of(session, row)
 
     def name_of(number: int | None) -> str | None:
@@ -338,7 +376,7 @@ def _deployment(
     }
 
 
-def _engines(session: Session, row: Deployment, engines: list[EngineView]) -> list[dict[str, Any]]:
+def _engines(session: Session, row: Deployment, engines: list[EngineView]) -> list[EngineObject]:
     """Each engine with the releases of this deployment that it can answer as: those of roles, and
     whatever else has an adapter there.
     """

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from server.access import append_audit, get_evaluation, get_release, reach
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.datasets import WaitSeconds
-from server.endpoints.fields import Limit, Name, unix
-from server.endpoints.stored import page
+from server.endpoints.fields import Limit, Name, Page, one_of, page, unix
 from server.endpoints.waiting import PENDING, wait_while_pending
 from server.gateway import Gateway
 from server.sessions import CallerDep, GatewayDep, ReadSession
 from tuner import evaluations
-from tuner.tables import Evaluation, Job, JobStatus
+from tuner.tables import Decision, Evaluation, Job, JobStatus
 
 router = APIRouter(prefix="/admin/evaluations", tags=["evaluations"], route_class=JsonRoute)
 
-_STATUS_OF_JOB = {
+Status = Literal["queued", "running", "finished", "failed"]
+
+_STATUS_OF_JOB: dict[JobStatus, Status] = {
     JobStatus.QUEUED: "queued",
     JobStatus.PAUSED: "queued",
     JobStatus.RUNNING: "running",
@@ -38,18 +40,43 @@ class EvaluationCreate(Body):
     wait_seconds: WaitSeconds = 0
 
 
-@router.post("", status_code=201, responses={202: {"description": "Still queued or running."}})
+class EvaluationObject(TypedDict):
+    """A comparison of a release with a baseline."""
+
+    id: str
+    object: Literal["evaluation"]
+    deployment: str
+    release: str
+    baseline: str
+    status: Status
+    decision: Annotated[str, one_of(Decision)] | None
+    reasons: list[str]
+    checks: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    error: str | None
+    dataset_id: str | None
+    job_id: str | None
+    created_by: str | None
+    created_at: int
+    finished_at: int | None
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses={202: {"model": EvaluationObject, "description": "Still queued or running."}},
+)
 async def create_evaluation(
     body: EvaluationCreate,
     request: Request,
     response: Response,
     caller: CallerDep,
     gateway: GatewayDep,
-) -> dict[str, Any]:
+) -> EvaluationObject:
     """Compare a release with a baseline; by default with production."""
     evaluation_id = await asyncio.to_thread(_create, gateway, caller, body)
 
-    def look(session: Session) -> dict[str, Any]:
+    def look(session: Session) -> EvaluationObject:
         return _evaluation(session, evaluations.get_evaluation(session, evaluation_id))
 
     found = await wait_while_pending(request, gateway, look, seconds=body.wait_seconds)
@@ -65,7 +92,7 @@ def list_evaluations(
     release: str | None = None,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[EvaluationObject]:
     """Evaluations, newest first."""
     if after is not None:
         get_evaluation(session, caller, after)
@@ -84,7 +111,7 @@ def list_evaluations(
 @router.get("/{evaluation_id}")
 def get_one_evaluation(
     evaluation_id: str, caller: CallerDep, session: ReadSession
-) -> dict[str, Any]:
+) -> EvaluationObject:
     """One evaluation: the decision, its reasons, its checks with figures."""
     return _evaluation(session, get_evaluation(session, caller, evaluation_id))
 
@@ -112,7 +139,7 @@ def _create(gateway: Gateway, caller: Caller, body: EvaluationCreate) -> str:
         return row.id
 
 
-def _evaluation(session: Session, row: Evaluation) -> dict[str, Any]:
+def _evaluation(session: Session, row: Evaluation) -> EvaluationObject:
     job = session.get(Job, row.job_id) if row.job_id is not None else None
     if job is not None:
         status = _STATUS_OF_JOB[JobStatus(job.status)]

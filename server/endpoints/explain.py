@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from typing_extensions import TypedDict
 
 from feedback.answers import get_answer
 from server.access import get_release
@@ -14,7 +15,27 @@ from tuner.explain import explain_answer, explain_release
 router = APIRouter(tags=["releases"])
 
 
-@router.get("/admin/explain/{subject}")
+class ReleaseExplained(TypedDict):
+    """Where a release comes from (`tuner.explain.explain_release`)."""
+
+    release: dict[str, Any]
+    adapter: dict[str, Any] | None
+    job: dict[str, Any] | None
+    dataset: dict[str, Any] | None
+    sources: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    moves: list[dict[str, Any]]
+
+
+class AnswerExplained(TypedDict):
+    """What became of an answer (`tuner.explain.explain_answer`)."""
+
+    answer: dict[str, Any]
+    judgements: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+
+
+@router.get("/admin/explain/{subject}", response_model=ReleaseExplained | AnswerExplained)
 def explain(subject: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
     """Explain a release (`assistant@3`) or an answer (`chatcmpl-…`)."""
     if "@" in subject:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from feedback import judgements
 from feedback.answers import get_answer
@@ -21,8 +22,7 @@ from feedback.people import find_or_create_person
 from feedback.tables import Answer, AnswerKind, Judgement, JudgementKind, Person, SourceType
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute, Part
-from server.endpoints.fields import Limit, Name, unix
-from server.endpoints.stored import page
+from server.endpoints.fields import Deleted, Limit, Name, Page, one_of, page, unix
 from server.feedback_tokens import Grant, find_or_create_secret, sign
 from server.policies import curation_policy
 from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
@@ -34,7 +34,7 @@ router = APIRouter(prefix="/v1/feedback", tags=["feedback"], route_class=JsonRou
 class Source(Part):
     """Who or what passed the verdict; only `human` is a person."""
 
-    type: SourceType = SourceType.HUMAN
+    type: SourceType = Field(default=SourceType.HUMAN, strict=False)
     id: str = ""
 
 
@@ -44,7 +44,7 @@ class FeedbackCreate(Body):
     completion_id: str | None = None
     conversation_id: str | None = None
     choice_index: Annotated[StrictInt, Field(ge=0, le=1_000)] = 0
-    kind: JudgementKind
+    kind: JudgementKind = Field(strict=False)
     value: Any = Field(
         description="rating: true or false; stars: 1 to 5; correction: the better answer, as text "
         "or message; comment: text; signal: text, number or boolean; null withdraws."
@@ -64,14 +64,70 @@ class FeedbackCreate(Body):
     )
 
 
-@router.post("", status_code=201, responses={200: {"description": "It stood already."}})
+class SourceObject(TypedDict):
+    type: Annotated[str, one_of(SourceType)]
+    id: str
+
+
+class FeedbackObject(TypedDict):
+    """A verdict as it stands."""
+
+    id: str
+    object: Literal["feedback"]
+    completion_id: str | None
+    conversation_id: str | None
+    choice_index: int
+    kind: Annotated[str, one_of(JudgementKind)]
+    value: Any
+    name: str
+    comment: str | None
+    reasons: list[str]
+    source: SourceObject
+    user: str
+    metadata: dict[str, str]
+    revision: int
+    teaches: str
+    created_at: int
+    updated_at: int
+
+
+class RevisionObject(TypedDict):
+    """What was said at one time."""
+
+    revision: int
+    value: Any
+    comment: str | None
+    reasons: list[str]
+    at: int
+
+
+class FeedbackWithHistory(FeedbackObject):
+    """A verdict, what was said before, and what became of it."""
+
+    became: dict[str, list[dict[str, Any]]]  # examples, datasets, drops
+    history: list[RevisionObject]
+
+
+class TokenObject(TypedDict):
+    """A feedback token. This reply alone shows it."""
+
+    object: Literal["feedback.token"]
+    token: str
+    expires_at: int
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses={200: {"model": FeedbackObject, "description": "It stood already."}},
+)
 def give_feedback(
     body: FeedbackCreate,
     caller: CallerDep,
     session: WriteSession,
     gateway: GatewayDep,
     response: Response,
-) -> dict[str, Any]:
+) -> FeedbackObject:
     """Judge an answer, or change or withdraw what was said before."""
     viewer, person_id = caller.viewer(), person_of(session, caller, body.user)
     if (grant := caller.key.grant) is not None:
@@ -97,7 +153,7 @@ class TokenCreate(Body):
 
 
 @router.post("/tokens", status_code=201)
-async def make_token(body: TokenCreate, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+async def make_token(body: TokenCreate, caller: CallerDep, gateway: GatewayDep) -> TokenObject:
     """A token that judges one answer in the place of a key, for a browser."""
     expires_at = int(time.time()) + body.expires_in_seconds
 
@@ -126,7 +182,7 @@ def list_feedback(
     kind: JudgementKind | None = None,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[FeedbackObject]:
     """Standing verdicts, newest first."""
     rows, has_more = judgements.list_judgements(
         session,
@@ -141,7 +197,7 @@ def list_feedback(
 
 
 @router.get("/{judgement_id}")
-def get_feedback(judgement_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+def get_feedback(judgement_id: str, caller: CallerDep, session: ReadSession) -> FeedbackWithHistory:
     """One verdict with its history and what became of it."""
     row = judgements.get_judgement(session, caller.viewer(), judgement_id)
     grant = caller.key.grant
@@ -165,9 +221,7 @@ def get_feedback(judgement_id: str, caller: CallerDep, session: ReadSession) -> 
 
 
 @router.delete("/{judgement_id}")
-def withdraw_feedback(
-    judgement_id: str, caller: CallerDep, session: WriteSession
-) -> dict[str, Any]:
+def withdraw_feedback(judgement_id: str, caller: CallerDep, session: WriteSession) -> Deleted:
     """Take a verdict back."""
     row = judgements.withdraw(session, caller.viewer(), judgement_id)
     return {"id": row.id, "object": "feedback.deleted", "deleted": True}
@@ -226,7 +280,7 @@ def _judgement(body: FeedbackCreate) -> NewJudgement:
     )
 
 
-def _feedback(session: Session, row: Judgement) -> dict[str, Any]:
+def _feedback(session: Session, row: Judgement) -> FeedbackObject:
     return {
         "id": row.id,
         "object": "feedback",

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from sqlalchemy import or_, select, true
+from typing_extensions import TypedDict
 
 from feedback import uploads
 from feedback.errors import BadRequest, Conflict, NotFound
@@ -23,9 +24,8 @@ from feedback.tables import Dataset, File
 from feedback.uploads import Incoming, Upload
 from server.access import append_audit, get_file, sees_all_uploads
 from server.auth import Caller
-from server.endpoints.fields import unix
+from server.endpoints.fields import Deleted, Page, page, unix
 from server.endpoints.multipart import Form, receive_form
-from server.endpoints.stored import page
 from server.gateway import Gateway
 from server.sessions import CallerDep, GatewayDep, ReadSession
 from tuner.tuning import find_job_on
@@ -33,6 +33,7 @@ from tuner.tuning import find_job_on
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 PURPOSE = "fine-tune"
+JSON_LINES = "application/jsonl"
 
 # One file at a time: checking takes seconds of this process, and the loop's own threads are for
 # work that chats wait for.
@@ -58,13 +59,31 @@ _FORM = {
 }
 
 
+class FileObject(TypedDict):
+    """A file's facts."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed", "error"]
+    status_details: str | None
+    rows: int
+    kind: str | None
+    side: str | None
+    dataset_id: str | None
+    sha256: str
+
+
 @router.post(
     "",
     openapi_extra={
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
     },
 )
-async def create_file(request: Request, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+async def create_file(request: Request, caller: CallerDep, gateway: GatewayDep) -> FileObject:
     """Upload training data; a file that can't be trained on is refused line by line."""
     settings = gateway.settings
     most = settings.gateway.max_upload_bytes
@@ -83,7 +102,7 @@ def list_files(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
-) -> dict[str, Any]:
+) -> Page[FileObject]:
     """Uploads, and files of the data sets that the caller sees."""
     of_datasets = select(Dataset.id)
     if caller.key.deployments is not None:
@@ -105,13 +124,13 @@ def list_files(
 @router.get("/{file_id}")
 def get_one_file(
     file_id: str, caller: CallerDep, session: ReadSession, gateway: GatewayDep
-) -> dict[str, Any]:
+) -> FileObject:
     """One file's facts."""
     return _file(get_file(session, caller, file_id), gateway.settings.data)
 
 
 @router.delete("/{file_id}")
-def delete_file(file_id: str, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+def delete_file(file_id: str, caller: CallerDep, gateway: GatewayDep) -> Deleted:
     """Delete an upload. Releases that learned from it stay."""
     with gateway.database.write() as session:
         get_file(session, caller, file_id)
@@ -128,7 +147,11 @@ def delete_file(file_id: str, caller: CallerDep, gateway: GatewayDep) -> dict[st
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
+@router.get(
+    "/{file_id}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {JSON_LINES: {"schema": {"type": "string"}}}}},
+)
 def get_content(
     file_id: str, caller: CallerDep, session: ReadSession, gateway: GatewayDep
 ) -> FileResponse:
@@ -136,7 +159,7 @@ def get_content(
     row = get_file(session, caller, file_id)
     return FileResponse(
         _locate(gateway.settings.data, row),
-        media_type="application/jsonl",
+        media_type=JSON_LINES,
         filename=row.filename,
     )
 
@@ -155,7 +178,7 @@ def _find_content(data: Path, row: File) -> Path | None:
     return path if path.is_relative_to(root) and path.is_file() else None
 
 
-def _accept(gateway: Gateway, caller: Caller, incoming: Incoming, form: Form) -> dict[str, Any]:
+def _accept(gateway: Gateway, caller: Caller, incoming: Incoming, form: Form) -> FileObject:
     """Check what arrived, keep it, and write its row."""
     purpose = form.fields.get("purpose")
     if purpose != PURPOSE:
@@ -192,7 +215,7 @@ def _columns(text: str | None) -> Any:
         raise BadRequest("columns is no JSON", param="columns") from None
 
 
-def _record(gateway: Gateway, caller: Caller, upload: Upload) -> dict[str, Any]:
+def _record(gateway: Gateway, caller: Caller, upload: Upload) -> FileObject:
     with gateway.database.write() as session:
         row = uploads.create_file(session, upload, person_id=caller.person_id)
         append_audit(
@@ -208,7 +231,7 @@ def _record(gateway: Gateway, caller: Caller, upload: Upload) -> dict[str, Any]:
         return _file(row, gateway.settings.data)
 
 
-def _file(row: File, data: Path) -> dict[str, Any]:
+def _file(row: File, data: Path) -> FileObject:
     there = _find_content(data, row) is not None
     return {
         "id": row.id,

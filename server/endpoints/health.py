@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Literal, NotRequired
 
 from fastapi import APIRouter, Response
+from typing_extensions import TypedDict
 
 from server.gateway import Gateway
 from server.sessions import GatewayDep
@@ -12,32 +14,51 @@ from server.sessions import GatewayDep
 router = APIRouter(tags=["health"])
 
 
+class Alive(TypedDict):
+    status: Literal["ok"]
+
+
+class EngineState(TypedDict):
+    """An engine as this gateway sees it."""
+
+    id: str
+    state: str
+    reason: str | None
+
+
+class Readiness(TypedDict):
+    """Whether requests would be answered, and why not."""
+
+    status: Literal["ready", "loading", "failed", "stopping"]
+    reason: NotRequired[str]  # absent when it is ready
+    engines: list[EngineState]
+
+
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
+async def healthz() -> Alive:
     """The process runs."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
-async def readyz(gateway: GatewayDep, response: Response) -> dict[str, object]:
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "Not yet, or no more."}})
+async def readyz(gateway: GatewayDep, response: Response) -> Readiness:
     """Ready to answer, loading, or failed and why."""
-    engines = [
+    engines: list[EngineState] = [
         {"id": m.id, "state": m.status, "reason": m.reason or None}
         for m in gateway.fleet.members.values()
     ]
-    if gateway.stopping:
-        status, reason = "stopping", "the gateway is shutting down"
-    elif gateway.fleet.is_ready():
+    if not gateway.stopping and gateway.fleet.is_ready():
         return {"status": "ready", "engines": engines}
-    else:
-        status, reason = _why_not(gateway)
+    status, reason = _why_not(gateway)
     response.status_code = 503
     response.headers["retry-after"] = "5"
     return {"status": status, "reason": reason, "engines": engines}
 
 
-def _why_not(gateway: Gateway) -> tuple[str, str]:
+def _why_not(gateway: Gateway) -> tuple[Literal["loading", "failed", "stopping"], str]:
     """From the fleet, and from what the supervisor wrote about the managed engine."""
+    if gateway.stopping:
+        return "stopping", "the gateway is shutting down"
     members = list(gateway.fleet.members.values())
     failed = [m for m in members if m.status == "failed"]
     try:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
+from typing_extensions import TypedDict
 
 from server.access import get_job, reach
-from server.endpoints.fields import Limit, unix
-from server.endpoints.stored import page
+from server.endpoints.fields import Limit, Page, one_of, page, unix
 from server.sessions import CallerDep, ReadSession
 from tuner.jobs import list_jobs
-from tuner.tables import Job, JobKind, JobStatus
+from tuner.tables import Job, JobKind, JobStatus, Method
 
 router = APIRouter(prefix="/admin/jobs", tags=["jobs"])
+
+
+class JobError(TypedDict):
+    code: str | None
+    message: str
+
+
+class JobObject(TypedDict):
+    """Work in the background."""
+
+    id: str
+    object: Literal["job"]
+    kind: Annotated[str, one_of(JobKind)]
+    status: Annotated[str, one_of(JobStatus)]
+    method: Annotated[str, one_of(Method)] | None
+    deployment: str | None
+    spec: dict[str, Any]
+    result: dict[str, Any]
+    error: JobError | None
+    attempt: int
+    cancel_requested: bool
+    created_by: str | None
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
 
 
 @router.get("")
@@ -25,7 +50,7 @@ def list_all_jobs(
     deployment: str | None = None,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[JobObject]:
     """Jobs, newest first."""
     if after is not None:
         get_job(session, caller, after)
@@ -41,13 +66,13 @@ def list_all_jobs(
 
 
 @router.get("/{job_id}")
-def get_one_job(job_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+def get_one_job(job_id: str, caller: CallerDep, session: ReadSession) -> JobObject:
     """One job with what came of it."""
     return _job(get_job(session, caller, job_id))
 
 
-def _job(row: Job) -> dict[str, Any]:
-    error = {"code": row.error_code, "message": row.error_message}
+def _job(row: Job) -> JobObject:
+    message = row.error_message
     return {
         "id": row.id,
         "object": "job",
@@ -57,7 +82,7 @@ def _job(row: Job) -> dict[str, Any]:
         "deployment": row.deployment,
         "spec": row.spec,
         "result": row.result,
-        "error": error if row.error_message is not None else None,
+        "error": None if message is None else {"code": row.error_code, "message": message},
         "attempt": row.attempt,
         "cancel_requested": row.cancel_requested,
         "created_by": row.created_by,

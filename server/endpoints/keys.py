@@ -6,19 +6,19 @@ A change is in force on this gateway before its reply is sent, on others with th
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from pydantic import Field, StrictInt
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from feedback.errors import Conflict, Forbidden, NotFound
 from server.access import append_audit, get_deployment
 from server.auth import Caller, Scope, create_key, revoke_key
 from server.endpoints.bodies import Body, JsonRoute, Part
-from server.endpoints.fields import Limit, Name, unix
-from server.endpoints.stored import page
+from server.endpoints.fields import Limit, Name, Page, one_of, page, unix
 from server.gateway import Gateway
 from server.sessions import CallerDep, GatewayDep, ReadSession
 from server.tables import Key
@@ -48,8 +48,30 @@ class KeyCreate(Body):
     name: Name | None = None
 
 
+class KeyObject(TypedDict):
+    """A key without its text, which is kept nowhere."""
+
+    id: str
+    object: Literal["key"]
+    user: str
+    name: str | None
+    scopes: list[Annotated[str, one_of(Scope)]]
+    deployments: list[str] | None
+    end_users: bool
+    limits: dict[str, int | None]
+    created_by: str | None
+    created_at: int
+    revoked_at: int | None
+
+
+class NewKey(KeyObject):
+    """A key that was just made. This reply alone shows its text: null when it is repeated."""
+
+    key: str | None
+
+
 @router.post("", status_code=201)
-async def create(body: KeyCreate, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+async def create(body: KeyCreate, caller: CallerDep, gateway: GatewayDep) -> NewKey:
     """Make a key. The reply alone shows it."""
     made = await asyncio.to_thread(_create, gateway, caller, body)
     await gateway.directory.refresh()
@@ -59,7 +81,7 @@ async def create(body: KeyCreate, caller: CallerDep, gateway: GatewayDep) -> dic
 @router.get("")
 def list_keys(
     caller: CallerDep, session: ReadSession, after: str | None = None, limit: Limit = 20
-) -> dict[str, Any]:
+) -> Page[KeyObject]:
     """Keys in force, newest first."""
     rows = [row for row in _in_force(session) if _sees(caller, row)]
     if after is not None:
@@ -68,14 +90,14 @@ def list_keys(
 
 
 @router.delete("/{key_id}")
-async def revoke(key_id: str, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+async def revoke(key_id: str, caller: CallerDep, gateway: GatewayDep) -> KeyObject:
     """Put a key out of force."""
     revoked = await asyncio.to_thread(_revoke, gateway, caller, key_id)
     await gateway.directory.refresh()
     return revoked
 
 
-def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> dict[str, Any]:
+def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
     allowed = caller.key.deployments
     if body.deployments is None and allowed is not None:
         raise Forbidden(
@@ -109,7 +131,7 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> dict[str, Any]
         return {**_key(row), "key": token}
 
 
-def _revoke(gateway: Gateway, caller: Caller, key_id: str) -> dict[str, Any]:
+def _revoke(gateway: Gateway, caller: Caller, key_id: str) -> KeyObject:
     with gateway.database.write() as session:
         keys = _in_force(session, hold=True)
         row = next((key for key in keys if key.id == key_id and _sees(caller, key)), None)
@@ -142,7 +164,7 @@ def _rules_all(row: Key) -> bool:
     return Scope.ADMIN in row.scopes and row.deployments is None
 
 
-def _key(row: Key) -> dict[str, Any]:
+def _key(row: Key) -> KeyObject:
     return {
         "id": row.id,
         "object": "key",

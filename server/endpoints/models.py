@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, NotRequired
 
 from fastapi import APIRouter
+from typing_extensions import TypedDict
 
 from server.routing import Snapshot, list_names, unknown_model
 from server.sessions import CallerDep, GatewayDep
@@ -14,8 +15,25 @@ from tuner.tables import ReleaseState
 router = APIRouter(tags=["models"])
 
 
-def _model(name: str, **more: Any) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "burnish", **more}
+class ModelObject(TypedDict):
+    """What a caller may name as `model`."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: NotRequired[str]  # of a release: its deployment
+
+
+class ModelList(TypedDict):
+    """OpenAI's list of models, which has no pages."""
+
+    object: Literal["list"]
+    data: list[ModelObject]
+
+
+def _model(name: str) -> ModelObject:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "burnish"}
 
 
 def _names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]:
@@ -26,7 +44,7 @@ def _names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]:
 
 
 @router.get("/v1/models")
-async def list_models(caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+async def list_models(caller: CallerDep, gateway: GatewayDep) -> ModelList:
     """Deployments, their aliases, and the base."""
     snapshot = gateway.directory.snapshot
     return {
@@ -36,7 +54,7 @@ async def list_models(caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
-def get_model(model: str, caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
+def get_model(model: str, caller: CallerDep, gateway: GatewayDep) -> ModelObject:
     """One of them, or a release by its name."""
     snapshot, allowed = gateway.directory.snapshot, caller.key.deployments
     if model in _names(snapshot, allowed):
@@ -49,5 +67,5 @@ def get_model(model: str, caller: CallerDep, gateway: GatewayDep) -> dict[str, A
             ReleaseState.FAILED,
         )
         if release is not None and alive and (allowed is None or release.deployment in allowed):
-            return _model(model, parent=release.deployment)
+            return {**_model(model), "parent": release.deployment}
     raise unknown_model(model, snapshot, allowed)

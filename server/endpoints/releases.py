@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from server.access import append_audit, get_release, reach
 from server.auth import Caller, Scope
 from server.endpoints.bodies import Body, JsonRoute
-from server.endpoints.fields import Limit, Note, unix
-from server.endpoints.stored import page
+from server.endpoints.fields import Limit, Note, Page, one_of, page, unix
 from server.sessions import CallerDep, ReadSession, WriteSession
 from tuner import releases
-from tuner.tables import Deployment, Evaluation, Release
+from tuner.tables import Decision, Deployment, Evaluation, Release, ReleaseState
 
 router = APIRouter(prefix="/admin/releases", tags=["releases"], route_class=JsonRoute)
 
 
 class Discard(Body):
     reason: Note | None = None
+
+
+class ReleaseEvaluation(TypedDict):
+    """The newest evaluation of a release that has decided."""
+
+    id: str
+    decision: Annotated[str, one_of(Decision)] | None
+    reasons: list[str]
+    checks: list[dict[str, Any]]
+    baseline: str
+
+
+class ReleaseObject(TypedDict):
+    """A version that can answer."""
+
+    id: str
+    name: str
+    object: Literal["release"]
+    deployment: str
+    state: Annotated[str, one_of(ReleaseState)]
+    state_reason: str | None
+    role: releases.Role | None
+    adapter: str | None
+    base_model: str
+    base_revision: str
+    system_prompt: str | None
+    sampling: dict[str, Any]
+    acceptance: dict[str, Any] | None
+    job_id: str | None
+    suffix: str | None
+    dataset_id: str | None
+    sources_left_out: list[str]
+    evaluation: ReleaseEvaluation | None
+    created_by: str | None
+    created_at: int
 
 
 @router.get("")
@@ -30,7 +65,7 @@ def list_releases(
     deployment: str | None = None,
     after: str | None = None,
     limit: Limit = 20,
-) -> dict[str, Any]:
+) -> Page[ReleaseObject]:
     """Releases by deployment, newest first in each."""
     if after is not None:
         get_release(session, caller, after, param="after")
@@ -41,7 +76,7 @@ def list_releases(
 
 
 @router.get("/{name}")
-def get_one_release(name: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+def get_one_release(name: str, caller: CallerDep, session: ReadSession) -> ReleaseObject:
     """One release, its role now, and its newest evaluation."""
     return _release(session, caller, get_release(session, caller, name))
 
@@ -49,7 +84,7 @@ def get_one_release(name: str, caller: CallerDep, session: ReadSession) -> dict[
 @router.post("/{name}/discard")
 def discard_release(
     name: str, caller: CallerDep, session: WriteSession, body: Discard | None = None
-) -> dict[str, Any]:
+) -> ReleaseObject:
     """Put a release away for good."""
     reason = body.reason if body is not None else None
     row = releases.discard(session, get_release(session, caller, name).name, reason=reason)
@@ -57,7 +92,7 @@ def discard_release(
     return _release(session, caller, row)
 
 
-def _release(session: Session, caller: Caller, row: Release) -> dict[str, Any]:
+def _release(session: Session, caller: Caller, row: Release) -> ReleaseObject:
     deployment = session.get_one(Deployment, row.deployment)
     return {
         "id": row.name,
@@ -74,6 +109,7 @@ def _release(session: Session, caller: Caller, row: Release) -> dict[str, Any]:
         "sampling": row.sampling,
         "acceptance": row.acceptance,
         "job_id": row.job_id,
+        "suffix": row.suffix,
         "dataset_id": row.dataset_id,
         "sources_left_out": row.sources_left_out,
         "evaluation": _evaluation(releases.newest_evaluation(session, row.name)),
@@ -82,7 +118,7 @@ def _release(session: Session, caller: Caller, row: Release) -> dict[str, Any]:
     }
 
 
-def _evaluation(row: Evaluation | None) -> dict[str, Any] | None:
+def _evaluation(row: Evaluation | None) -> ReleaseEvaluation | None:
     if row is None:
         return None
     return {

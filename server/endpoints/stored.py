@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
+from pydantic import ConfigDict, with_config
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from feedback import answers
-from feedback.answers import OURS
+from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest, NotFound
-from feedback.tables import Answer, AnswerKind, AnswerText
+from feedback.tables import Answer, AnswerKind, AnswerStatus, AnswerText
 from server import idempotency
 from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.fields import Deleted, Limit, Page, one_of, page
 from server.sessions import CallerDep, ReadSession, WriteSession
 from server.wire import Metadata
 
@@ -21,14 +24,74 @@ router = APIRouter(
     prefix="/v1/chat/completions", tags=["stored completions"], route_class=JsonRoute
 )
 
-Limit = Annotated[int, Query(ge=1, le=100)]
-
 
 class MetadataUpdate(Body):
     metadata: Metadata | None
 
 
-@router.get("")
+class StoredMessage(TypedDict):
+    """An answer's message, as OpenAI has it."""
+
+    role: str
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[dict[str, Any]]]
+
+
+class StoredChoice(TypedDict):
+    index: int
+    message: StoredMessage
+    finish_reason: str
+    logprobs: None  # they are not kept
+
+
+class StoredUsage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class StoredCompletion(TypedDict):
+    """A stored chat completion; `status` is ours: OpenAI keeps complete ones only."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[StoredChoice]
+    usage: StoredUsage
+    metadata: dict[str, str]
+    tools: list[dict[str, Any]] | None
+    request_id: str
+    status: Annotated[str, one_of(AnswerStatus)]
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    response_format: dict[str, Any] | None
+    tool_choice: str | dict[str, Any] | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class SentMessage(TypedDict):
+    """A message as the caller sent it, with an id of ours; further fields are the caller's."""
+
+    id: str
+    role: str
+    content: NotRequired[Any]
+    content_parts: NotRequired[list[dict[str, Any]]]  # where it was sent in parts
+
+
+_METADATA_FILTER = {
+    "name": "metadata",
+    "in": "query",
+    "description": "`metadata[key]=value`: completions that have all these pairs.",
+    "style": "deepObject",
+    "explode": True,
+    "schema": {"type": "object"},  # of texts; in a query everything is one
+}
+
+
+@router.get("", openapi_extra={"parameters": [_METADATA_FILTER]})
 def list_stored(
     request: Request,
     caller: CallerDep,
@@ -37,7 +100,7 @@ def list_stored(
     after: str | None = None,
     limit: Limit = 20,
     order: Literal["asc", "desc"] = "asc",
-) -> dict[str, Any]:
+) -> Page[StoredCompletion]:
     """The caller's stored completions; `metadata[key]=value` filters."""
     rows, has_more = answers.list_answers(
         session,
@@ -52,7 +115,7 @@ def list_stored(
 
 
 @router.get("/{completion_id}")
-def get_stored(completion_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+def get_stored(completion_id: str, caller: CallerDep, session: ReadSession) -> StoredCompletion:
     """One stored completion."""
     answer = _get(session, completion_id, caller)
     return _completion(*next(iter(_with_texts(session, [answer]))))
@@ -61,7 +124,7 @@ def get_stored(completion_id: str, caller: CallerDep, session: ReadSession) -> d
 @router.post("/{completion_id}")
 def update_stored(
     completion_id: str, body: MetadataUpdate, caller: CallerDep, session: WriteSession
-) -> dict[str, Any]:
+) -> StoredCompletion:
     """Replace its metadata."""
     answer = _get(session, completion_id, caller)
     answers.set_metadata(session, answer, body.metadata or {})
@@ -70,14 +133,14 @@ def update_stored(
 
 
 @router.delete("/{completion_id}")
-def delete_stored(completion_id: str, caller: CallerDep, session: WriteSession) -> dict[str, Any]:
+def delete_stored(completion_id: str, caller: CallerDep, session: WriteSession) -> Deleted:
     """Delete it, its text, its judgements, and replies about it that are kept for repetitions."""
     answers.delete_answer(session, _get(session, completion_id, caller))
     idempotency.forget(session, completion_id)
     return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
 
-@router.get("/{completion_id}/messages")
+@router.get("/{completion_id}/messages", response_model=Page[SentMessage])
 def list_messages(
     completion_id: str,
     caller: CallerDep,
@@ -85,11 +148,11 @@ def list_messages(
     after: str | None = None,
     limit: Limit = 20,
     order: Literal["asc", "desc"] = "asc",
-) -> dict[str, Any]:
+) -> Page[dict[str, Any]]:
     """The messages that the caller sent."""
     text = answers.get_text(session, _get(session, completion_id, caller))
     rows = [
-        {"id": f"{completion_id}-{index}", **message}
+        {"id": f"{completion_id}-{index}", **_sent(message)}
         for index, message in enumerate(m for m in text.messages if not m.get(OURS))
     ]
     if order == "desc":
@@ -104,15 +167,12 @@ def list_messages(
     return page(rows[:limit], len(rows) > limit)
 
 
-def page(rows: Sequence[Mapping[str, Any]], has_more: bool) -> dict[str, Any]:
-    """OpenAI's list object."""
-    return {
-        "object": "list",
-        "data": rows,
-        "first_id": rows[0]["id"] if rows else None,
-        "last_id": rows[-1]["id"] if rows else None,
-        "has_more": has_more,
-    }
+def _sent(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As OpenAI shows a message: its text, and apart from it the parts that it was sent in."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    return {**message, "content": text_of(parts), "content_parts": parts}
 
 
 def _get(session: Session, completion_id: str, caller: CallerDep) -> Answer:
@@ -133,23 +193,16 @@ def _with_texts(
 
 def _completion(
     answer: Answer, text: AnswerText | None, metadata: Mapping[str, str]
-) -> dict[str, Any]:
+) -> StoredCompletion:
     choices = (text.choices if text is not None else None) or []
+    sampling = answer.sampling
     prompt, completion = answer.prompt_tokens or 0, answer.completion_tokens or 0
     return {
         "id": answer.id,
         "object": "chat.completion",
         "created": int(answer.started_at.timestamp()),
         "model": answer.release,
-        "choices": [
-            {
-                "logprobs": None,
-                **c,
-                "finish_reason": c["finish_reason"] or "stop",
-                "message": {"refusal": None, **c["message"]},
-            }
-            for c in choices
-        ],
+        "choices": [_choice(choice) for choice in choices],
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -159,16 +212,36 @@ def _completion(
         "tools": text.tools if text is not None else None,
         "request_id": answer.id.partition("-")[2],
         "status": answer.status,
-        **{
-            name: answer.sampling.get(name)
-            for name in ("temperature", "top_p", "seed", "response_format", "tool_choice")
-        },
+        "temperature": sampling.get("temperature"),
+        "top_p": sampling.get("top_p"),
+        "seed": sampling.get("seed"),
+        "response_format": sampling.get("response_format"),
+        "tool_choice": sampling.get("tool_choice"),
+    }
+
+
+def _choice(kept: Mapping[str, Any]) -> StoredChoice:
+    said = kept["message"]
+    message: StoredMessage = {"role": said["role"], "content": said["content"], "refusal": None}
+    if "tool_calls" in said:
+        message["tool_calls"] = said["tool_calls"]
+    return {
+        "index": kept["index"],
+        "message": message,
+        "finish_reason": kept["finish_reason"] or "stop",
+        "logprobs": None,
     }
 
 
 def _metadata_filter(query: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name[len("metadata[") : -1]: value
-        for name, value in query.items()
-        if name.startswith("metadata[") and name.endswith("]")
-    }
+    """The pairs of `metadata[key]=value`. Raises BadRequest for another form."""
+    found = {}
+    for name, value in query.items():
+        if name != "metadata" and not name.startswith("metadata["):
+            continue
+        if not name.endswith("]") or "][" in name:
+            raise BadRequest(
+                f"found {name[:100]!r}, expected metadata[key]=value", param="metadata"
+            )
+        found[name[len("metadata[") : -1]] = value
+    return found

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from fastapi import Request
 from sqlalchemy.orm import Session
 
 from server.gateway import Gateway
+
+T = TypeVar("T", bound=Mapping[str, Any])
 
 PENDING = ("queued", "running")
 LOOK_SECONDS = 0.2
@@ -23,13 +25,13 @@ LOOK_SECONDS = 0.2
 async def wait_while_pending(
     request: Request,
     gateway: Gateway,
-    look: Callable[[Session], dict[str, Any]],
+    look: Callable[[Session], T],
     *,
     seconds: float,
-) -> dict[str, Any]:
+) -> T:
     """What `look` last found: an object whose `status` is no longer pending, or time was up."""
 
-    def read() -> dict[str, Any]:
+    def read() -> T:
         with gateway.database.read() as session:
             return look(session)
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
 from fastapi import APIRouter
+from typing_extensions import TypedDict
 
+from server.auth import Scope
+from server.endpoints.fields import one_of
 from server.sessions import CallerDep
 
 router = APIRouter(tags=["administration"])
 
 
+class WhoAmI(TypedDict):
+    """What a key stands for."""
+
+    user: str
+    scopes: list[Annotated[str, one_of(Scope)]]
+    deployments: tuple[str, ...] | None
+    end_users: bool
+    key_id: str
+
+
 @router.get("/admin/whoami")
-async def whoami(caller: CallerDep) -> dict[str, Any]:
+async def whoami(caller: CallerDep) -> WhoAmI:
     """The key of this request."""
     key = caller.key
     return {

@@ -21,6 +21,7 @@ from server.engines.process import free_port
 from tuner.base_models import BaseModel, describe_base
 
 START_SECONDS = 60.0
+PASS_THROUGH = Path(__file__).resolve().parents[2] / "benchmarks/peers/passthrough.py"
 
 
 @contextmanager
@@ -39,8 +40,28 @@ def engine_process() -> Iterator[str]:
 
 
 @contextmanager
-def gateway_process(data: Path, model: Path, engine: str, log: Path) -> Iterator[GatewayProcess]:
-    """`burnish gateway` over an engine that runs; killed at the end where it still lives."""
+def pass_through_process(engine: str) -> Iterator[str]:
+    """The benchmarks' pass-through before an engine: a gateway that checks and records nothing."""
+    port = free_port()
+    command = [sys.executable, "-P", str(PASS_THROUGH), "--port", str(port), "--engine", engine]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until(f"{url}/health", process)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def gateway_process(
+    data: Path, model: Path, engine: str, log: Path, **variables: str
+) -> Iterator[GatewayProcess]:
+    """`burnish gateway` over an engine that runs; killed at the end where it still lives.
+
+    `variables` of the environment are further settings.
+    """
     port = free_port()
     environment = {
         **os.environ,
@@ -49,6 +70,7 @@ def gateway_process(data: Path, model: Path, engine: str, log: Path) -> Iterator
         "BURNISH_MODEL__PATH": str(model),
         "BURNISH_ENGINE__URLS": json.dumps([engine]),
         "BURNISH_GATEWAY__REFRESH_SECONDS": "0.1",
+        **variables,
     }
     command = [sys.executable, "-P", "-m", "server.cli", "gateway"]
     with log.open("ab") as output:

@@ -95,3 +95,25 @@ def test_parameters_out_of_bounds_are_400(sqlite_gateway: RunningGateway) -> Non
         reply = client.get(f"/v1/chat/completions?{query}")
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == query.partition("=")[0]
+
+
+def test_a_message_that_was_sent_in_parts_is_shown_as_text_and_as_parts(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    """OpenAI's clients know `content` as a text, and the parts as `content_parts`."""
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a tide?"}]
+    with sdk(sqlite_gateway, sqlite_gateway.key("anna")) as client:
+        answer = client.chat.completions.create(
+            model="assistant", messages=[{"role": "user", "content": parts}]
+        )
+        [message] = client.chat.completions.messages.list(answer.id)
+    assert message.content == "What is a tide?"
+    assert [part.model_dump(exclude_none=True) for part in message.content_parts or ()] == parts
+
+
+@pytest.mark.parametrize("name", ["metadata", "metadata[a", "metadata[a][b]"])
+def test_a_filter_of_another_form_is_refused(sqlite_gateway: RunningGateway, name: str) -> None:
+    anna = sqlite_gateway.client(sqlite_gateway.key("anna"))
+    reply = anna.get("/v1/chat/completions", params={name: "x"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
+    assert anna.get("/v1/chat/completions", params={"metadata[a]": "x"}).status_code == 200
