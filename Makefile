@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin
 PYTEST := $(RUN)/python -P -m pytest
-FAST := $(PYTEST) -n 4 -m "not engine and not loop and not promises" --ignore=tests/tuner/training
+FAST := $(PYTEST) -n 4 -m "not engine and not loop and not promises and not clients" --ignore=tests/tuner/training
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test test-fast promises lint bench clean env env-dev
@@ -18,10 +18,11 @@ serve: env  ## serve: MODEL=<directory or name> HOST=127.0.0.1 PORT=8000 DATA=./
 demo: env  ## the whole loop in one command: chat, judge, tune, promote (about 15 minutes)
 	@exec $(RUN)/burnish demo
 
-test: env-dev  ## all: fast, training, promises in small, engine (real vLLM), loop (real model)
+test: env-dev  ## all: fast, training, promises in small, clients, engine (real vLLM), loop (real model)
 	$(FAST)
 	$(PYTEST) -n 2 -m "not promises" tests/tuner/training
 	$(PYTEST) -n 2 -m "promises and not engine"
+	$(PYTEST) -m "clients"
 	$(PYTEST) -m "engine"
 	$(PYTEST) -m "loop"
 
@@ -41,7 +42,7 @@ bench: env-dev  ## the gateway beside its peers (about 15 minutes); the others s
 	$(RUN)/python -P benchmarks/gateway.py
 
 clean:  ## remove the environment and all caches; what DATA holds stays
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv .clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 env:
