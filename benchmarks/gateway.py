@@ -349,11 +349,14 @@ def count_complete(url: str) -> int:
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process in RAM (proc_pid_status(5))."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
+    """Memory of a process and its children in RAM (proc_pid_status(5))."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = 0.0
+    for each in (str(pid), *children):
+        for line in Path(f"/proc/{each}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                found += int(line.split()[1]) / 1024
+    return found
 
 
 # Reporting
