@@ -220,7 +220,9 @@ class Writer:
         with self._database.transaction(durable=durable) as driver:
             # It has waited for the write lock; who still waits for it is known after that.
             self._read(wait=False)
-            undelivered = list(self._undelivered)
+            later = list(self._undelivered)
+            # An end that is sent twice, because a writer died, may have been committed by that one.
+            undelivered = later + [entry.row.id for entry in group if entry.undelivered]
             rows = [entry.due() for entry in group]
             started = [row for row in rows if isinstance(row, StartedAnswer)]
             ended = [row for row in rows if isinstance(row, EndedAnswer)]
@@ -230,7 +232,7 @@ class Writer:
                 record_ended(driver, ended)
             if undelivered:
                 record_undelivered(driver, undelivered)
-        del self._undelivered[: len(undelivered)]
+        del self._undelivered[: len(later)]
 
     def _keep(self, entry: _Entry) -> None:
         """Hold the end of an answer for later; its client is told that it is not recorded."""

@@ -226,6 +226,17 @@ async def test_an_end_that_was_committed_and_not_sent_is_taken_back(
     await until(lambda: statuses(database) == {row.id: "interrupted"})
 
 
+async def test_an_end_that_the_last_writer_had_committed_is_taken_back_too(
+    database: Database, recorder: Recorder, person: str
+) -> None:
+    row = started(person)
+    await recorder.record(row, SECONDS)
+    await recorder.record(ended(row), SECONDS)
+    recorder.record_soon(ended(row))  # as to the writer after one that died
+    recorder._take_back(ended(row))
+    await until(lambda: statuses(database) == {row.id: "interrupted"})
+
+
 async def test_stopping_writes_what_is_queued(database: Database, tmp_path: Path) -> None:
     with database.write() as session:
         person = find_or_create_person(session, "anna").id
