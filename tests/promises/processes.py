@@ -27,23 +27,21 @@ PASS_THROUGH = Path(__file__).resolve().parents[2] / "benchmarks/peers/passthrou
 @contextmanager
 def engine_process() -> Iterator[str]:
     """A fake engine in a process; its address."""
-    port = free_port()
-    command = [sys.executable, "-P", "-m", "server.engines.fake", "--port", str(port)]
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until(f"{url}/health", process)
+    with _serving("-m", "server.engines.fake") as url:
         yield url
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextmanager
 def pass_through_process(engine: str) -> Iterator[str]:
     """The benchmarks' pass-through before an engine: a gateway that checks and records nothing."""
+    with _serving(str(PASS_THROUGH), "--engine", engine) as url:
+        yield url
+
+
+@contextmanager
+def _serving(*arguments: str) -> Iterator[str]:
     port = free_port()
-    command = [sys.executable, "-P", str(PASS_THROUGH), "--port", str(port), "--engine", engine]
+    command = [sys.executable, "-P", *arguments, "--port", str(port)]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"

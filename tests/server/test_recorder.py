@@ -216,24 +216,16 @@ async def test_whoever_stopped_waiting_is_not_said_to_have_got_the_end(
         assert (found.status, found.error_code) == ("interrupted", "not_delivered")
 
 
+@pytest.mark.parametrize("sent_again", [False, True])
 async def test_an_end_that_was_committed_and_not_sent_is_taken_back(
-    database: Database, recorder: Recorder, person: str
+    database: Database, recorder: Recorder, person: str, sent_again: bool
 ) -> None:
     row = started(person)
     await recorder.record(row, SECONDS)
     await recorder.record(ended(row), SECONDS)
+    if sent_again:
+        recorder.record_soon(ended(row))  # as to the writer after one that died
     recorder._take_back(ended(row))  # what a wait does that ends in the very moment of the commit
-    await until(lambda: statuses(database) == {row.id: "interrupted"})
-
-
-async def test_an_end_that_the_last_writer_had_committed_is_taken_back_too(
-    database: Database, recorder: Recorder, person: str
-) -> None:
-    row = started(person)
-    await recorder.record(row, SECONDS)
-    await recorder.record(ended(row), SECONDS)
-    recorder.record_soon(ended(row))  # as to the writer after one that died
-    recorder._take_back(ended(row))
     await until(lambda: statuses(database) == {row.id: "interrupted"})
 
 
