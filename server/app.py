@@ -6,7 +6,6 @@ Does not own: what the gateway consists of (`gateway.py`).
 
 from __future__ import annotations
 
-import gc
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,7 +27,7 @@ from server.errors import add_error_handlers, describe_error
 from server.gateway import Gateway, build_gateway, running, sole_gateway
 from server.idempotency import REPLAYED_HEADER
 from server.limits import LimitRequests
-from server.machine import installed_version
+from server.machine import collect_garbage_rarely, installed_version
 from server.metrics import CountRequests
 from server.openapi import DescribedApi
 from server.proxy import ALWAYS
@@ -165,7 +164,7 @@ def serve(settings: Settings) -> int:
     """
     gateway = build_gateway(settings, read_base(settings), Database(settings.database_url))
     server = GatewayServer(build_config(create_app(gateway), settings), gateway)
-    _collect_garbage_rarely()
+    collect_garbage_rarely()
     try:
         check_schema(gateway.database)
         with sole_gateway(gateway.database):
@@ -173,17 +172,6 @@ def serve(settings: Settings) -> int:
     finally:
         gateway.database.dispose()
     return 0 if server.started else 1
-
-
-def _collect_garbage_rarely() -> None:
-    """Leave what was imported out of every collection, and collect after many allocations only.
-
-    With 64 requests at once a tenth of this process' time went into collections that found next to
-    nothing: a request's objects end with it, by their counts.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 def build_config(app: FastAPI, settings: Settings) -> uvicorn.Config:

@@ -43,6 +43,7 @@ from feedback.recording import (
 )
 from feedback.tables import AnswerStatus
 from server.logs import configure_logging
+from server.machine import collect_garbage_rarely
 
 logger = logging.getLogger(__name__)
 
@@ -326,6 +327,7 @@ def main() -> int:
     _, _, length = FRAME.unpack(head)
     setup = setup_json.validate_json(_receive_exactly(gateway, length))
     configure_logging(setup.log_level)
+    collect_garbage_rarely()
     with writer_lock(None if setup.lock is None else Path(setup.lock)):
         database = Database(setup.database_url, pool_size=1)
         try:
