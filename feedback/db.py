@@ -200,9 +200,6 @@ class Database:
                 hide_parameters=True,
             )
             event.listen(self.engine, "handle_error", _leave_values_out)
-        self._kept: PoolProxiedConnection | None = None
-        self._kept_since = 0.0
-        self._kept_durable = True
         self._write_engine = self.engine.execution_options(burnish_write=True)
         # PostgreSQL's default takes a new snapshot for each statement.
         self._read_engine = (
@@ -227,52 +224,63 @@ class Database:
         with Session(self._write_engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def dispose(self) -> None:
+        """Close all pooled connections."""
+        self.engine.dispose()
+
+
+class Writing:
+    """The write transactions of one thread that writes all the time, on a connection of its own."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: PoolProxiedConnection | None = None
+        self._used_at = 0.0
+        self._is_durable = True
+
     @contextmanager
     def transaction(self, *, durable: bool) -> Iterator[Driver]:
-        """A write transaction of the driver's own, on a connection that is kept for it.
+        """A transaction of the driver's own. Errors are the driver's, without values.
 
-        For one thread, which writes all the time. Errors are the driver's. What is not `durable`
-        survives every crash of a process; one of the machine only once a later commit that is
-        durable has been made, by anybody.
+        What is not `durable` survives every crash of a process; one of the machine only once a
+        later commit that is durable has been made, by anybody.
         """
-        kept = self._take_kept()
-        cursor = kept.cursor()
+        connection = self._connect()
+        cursor, is_sqlite = connection.cursor(), self._database.is_sqlite
         try:
-            if self.is_sqlite:
-                if durable is not self._kept_durable:
+            if is_sqlite:
+                if durable is not self._is_durable:
                     cursor.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-                    self._kept_durable = durable
+                    self._is_durable = durable
                 cursor.execute("BEGIN IMMEDIATE")
             elif not durable:
                 cursor.execute("SET LOCAL synchronous_commit TO OFF")
-            yield Driver(cursor, is_sqlite=self.is_sqlite)
-            kept.commit()
-        except BaseException:
+            yield Driver(cursor, is_sqlite=is_sqlite)
+            connection.commit()
+        except BaseException as error:
+            _leave_details_out(error)
             try:
-                kept.rollback()
+                connection.rollback()
             except Exception:  # whatever it is, the next transaction has a new connection
-                kept.invalidate()
-                self._kept = None
+                connection.invalidate()
+                self._connection = None
             raise
-        finally:
-            cursor.close()
-        self._kept_since = time.monotonic()
+        self._used_at = time.monotonic()
 
-    def _take_kept(self) -> PoolProxiedConnection:
-        idle = time.monotonic() - self._kept_since > KEPT_SECONDS
-        if self._kept is not None and idle and not self.is_sqlite:
-            self._kept.close()  # back into the pool, which looks whether the server is still there
-            self._kept = None
-        if self._kept is None:
-            self._kept, self._kept_durable = self.engine.raw_connection(), True
-        return self._kept
+    def close(self) -> None:
+        """Close the connection, or give it back."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
-    def dispose(self) -> None:
-        """Close all connections."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-        self.engine.dispose()
+    def _connect(self) -> PoolProxiedConnection:
+        if not self._database.is_sqlite and time.monotonic() - self._used_at > KEPT_SECONDS:
+            self.close()  # the pool looks whether the server is still there
+        if self._connection is None:
+            self._connection, self._is_durable = self._database.engine.raw_connection(), True
+            if self._database.is_sqlite:
+                self._connection.detach()  # whoever has it next should not get it less durable
+        return self._connection
 
 
 def _leave_values_out(context: ExceptionContext) -> None:
@@ -280,8 +288,12 @@ def _leave_values_out(context: ExceptionContext) -> None:
     out, and PostgreSQL repeats the row that it refuses in the error's details.
     """
     for error in (context.original_exception, context.sqlalchemy_exception):
-        if error is not None and error.args and isinstance(error.args[0], str):
-            error.args = (error.args[0].partition("\nDETAIL:")[0], *error.args[1:])
+        _leave_details_out(error)
+
+
+def _leave_details_out(error: BaseException | None) -> None:
+    if error is not None and error.args and isinstance(error.args[0], str):
+        error.args = (error.args[0].partition("\nDETAIL:")[0], *error.args[1:])
 
 
 def _create_sqlite_engine(url: str) -> Engine:

@@ -32,7 +32,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from feedback.db import Database
+from feedback.db import Database, Writing
 from feedback.recording import (
     NOT_DELIVERED,
     EndedAnswer,
@@ -110,6 +110,7 @@ class Writer:
 
     def __init__(self, database: Database, dead_letters: Path, gateway: socket.socket) -> None:
         self._database = database
+        self._writing = Writing(database)
         self._dead_letters = dead_letters
         self._gateway = gateway
         self._received = bytearray()
@@ -134,6 +135,7 @@ class Writer:
                 self._commit_kept()
         while self._kept:
             self._bury(self._kept.popleft().row)
+        self._writing.close()
 
     def _read(self, *, wait: bool) -> None:
         """Take in what the gateway has sent. Waits for it, but not for ever while rows are kept."""
@@ -218,7 +220,7 @@ class Writer:
         durable = bool(self._undelivered) or any(
             isinstance(entry.row, EndedAnswer) for entry in group
         )
-        with self._database.transaction(durable=durable) as driver:
+        with self._writing.transaction(durable=durable) as driver:
             # It has waited for the write lock; who still waits for it is known after that.
             self._read(wait=False)
             later = list(self._undelivered)

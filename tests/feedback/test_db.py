@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from sqlalchemy import select, text
 
-from feedback.db import Database, canonical_json, new_id
+from feedback.db import Database, Writing, canonical_json, new_id
 from feedback.tables import AuditEntry, Person
 from tests.feedback.record import make_viewer
 
@@ -75,3 +76,72 @@ def test_sqlite_is_durable_and_forgets_what_is_deleted(sqlite_database: Database
             for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
         ]
     assert found == ["wal", 2, 1, 1]
+
+
+INSERTION = 'INSERT INTO people (id, "user", end_user, created_at) VALUES (?, ?, ?, ?)'
+ROW = ("person_1", "anna", "", "2026-01-01 00:00:00")
+
+
+@pytest.fixture
+def writing(database: Database) -> Iterator[Writing]:
+    writing = Writing(database)
+    yield writing
+    writing.close()
+
+
+def write(writing: Writing, *statements: str, row: tuple[str, ...] = ROW) -> None:
+    with writing.transaction(durable=True) as driver:
+        for statement in statements:
+            driver.run(statement, [row])
+
+
+def test_a_commit_waits_for_the_disk_where_it_was_asked_to(
+    database: Database, writing: Writing
+) -> None:
+    asked = "PRAGMA synchronous" if database.is_sqlite else "SHOW synchronous_commit"
+    found = []
+    for durable in (True, False, True, False):
+        with writing.transaction(durable=durable) as driver:
+            found += [setting for (setting,) in driver.rows(asked, ())]
+    assert found == [2, 1, 2, 1] if database.is_sqlite else ["on", "off", "on", "off"]
+    writing.close()
+    if database.is_sqlite:  # nobody gets the connection that waits for nothing
+        with database.write() as session:
+            assert session.scalar(text(asked)) == 2
+
+
+def test_a_transaction_that_fails_leaves_nothing_and_the_next_one_goes_on(
+    database: Database, writing: Writing
+) -> None:
+    for broken in ("INSERT INTO nowhere VALUES (?, ?, ?, ?)", INSERTION):
+        with pytest.raises(database.engine.dialect.loaded_dbapi.Error):
+            write(writing, INSERTION, broken)
+    with database.read() as session:
+        assert session.scalars(select(Person.id)).all() == []
+    write(writing, INSERTION)
+    with database.read() as session:
+        assert session.scalars(select(Person.id)).all() == ["person_1"]
+
+
+def test_an_error_of_the_driver_does_not_repeat_what_was_to_be_written(
+    database: Database, writing: Writing
+) -> None:
+    statement = "INSERT INTO answer_texts (answer_id, messages) VALUES (?, ?)"
+    with pytest.raises(database.engine.dialect.loaded_dbapi.IntegrityError) as refused:
+        write(writing, statement, row=("nobody", "what somebody said"))
+    assert "DETAIL" not in str(refused.value)
+    assert "said" not in str(refused.value)
+
+
+def test_a_connection_that_has_ended_is_replaced(postgres_database: Database) -> None:
+    writing = Writing(postgres_database)
+    with writing.transaction(durable=True) as driver:
+        [(number,)] = driver.rows("SELECT pg_backend_pid()", ())
+    with postgres_database.write() as session:
+        session.execute(text("SELECT pg_terminate_backend(:number)"), {"number": number})
+    with pytest.raises(postgres_database.engine.dialect.loaded_dbapi.OperationalError):
+        write(writing, INSERTION)
+    write(writing, INSERTION)
+    writing.close()
+    with postgres_database.read() as session:
+        assert session.scalars(select(Person.id)).all() == ["person_1"]
