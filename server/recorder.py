@@ -154,13 +154,15 @@ class Recorder:
             if isinstance(row, EndedAnswer):
                 self._owed.append(row)
             raise NotRecorded("the writer is not there; it is being started")
+        # A warning would have the values; the writer refuses what isn't of its form.
+        if isinstance(row, StartedAnswer):
+            kind, body = STARTED, started_json.dump_json(row, warnings=False)
+        else:
+            kind, body = ENDED, ended_json.dump_json(row, warnings=False)
         self._number += 1
         self._unsettled += 1
         self._waiting[self._number] = (row, done)
-        if isinstance(row, StartedAnswer):
-            self._link.send(STARTED, self._number, started_json.dump_json(row))
-        else:
-            self._link.send(ENDED, self._number, ended_json.dump_json(row))
+        self._link.send(kind, self._number, body)
         return self._number
 
     def _take_back(self, row: EndedAnswer) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from feedback.db import Database, Writing
@@ -169,11 +169,12 @@ class Writer:
             if kind == UNDELIVERED:
                 self._take_back(body.decode())
                 continue
-            row: Row
-            if kind == STARTED:
-                row = started_json.validate_json(body)
-            else:
-                row = ended_json.validate_json(body)
+            try:
+                row = (started_json if kind == STARTED else ended_json).validate_json(body)
+            except ValidationError:  # it has the values, which the log is not to have
+                logger.error("Row not understood", extra={"action": "row_not_understood"})
+                self._tell([number], "the writer does not understand this row", settled=1)
+                continue
             entry = _Entry(number, row)
             if kind == ENDED:
                 self._ends[row.id] = entry
@@ -268,10 +269,17 @@ class Writer:
             logger.exception("Dead letter not written", extra={"action": "dead_letter_failed"})
 
     def _report(self, group: Sequence[_Entry], error: str | None) -> None:
-        report = Report(
-            numbers=[entry.number for entry in group if entry.number],
-            error=error,
+        self._tell(
+            [entry.number for entry in group if entry.number],
+            error,
             settled=sum(not entry.was_kept for entry in group),
+        )
+
+    def _tell(self, numbers: list[int], error: str | None, *, settled: int) -> None:
+        report = Report(
+            numbers=numbers,
+            error=error,
+            settled=settled,
             committed=self.committed,
             lost=self.lost,
             kept=len(self._kept),

@@ -216,6 +216,20 @@ async def test_whoever_stopped_waiting_is_not_said_to_have_got_the_end(
         assert (found.status, found.error_code) == ("interrupted", "not_delivered")
 
 
+async def test_a_row_that_is_not_understood_costs_nobody_else_a_commit(
+    database: Database, recorder: Recorder, person: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, row = started(person), started(person)
+    broken.messages = "what somebody said"  # type: ignore[assignment] - the fault that is tested
+    results = await asyncio.gather(
+        *(recorder.record(each, SECONDS) for each in (broken, row)), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [NotRecorded, type(None)]
+    assert statuses(database) == {row.id: "started"}
+    assert recorder.depth == 0
+    assert "somebody said" not in caplog.text
+
+
 @pytest.mark.parametrize("sent_again", [False, True])
 async def test_an_end_that_was_committed_and_not_sent_is_taken_back(
     database: Database, recorder: Recorder, person: str, sent_again: bool
