@@ -242,8 +242,9 @@ class Writing:
     def transaction(self, *, durable: bool) -> Iterator[Driver]:
         """A transaction of the driver's own. Errors are the driver's, without values.
 
-        What is not `durable` survives every crash of a process; one of the machine only once a
-        later commit that is durable has been made, by anybody.
+        On SQLite what is not `durable` survives every crash of a process; one of the machine only
+        once a later commit that is durable has been made, by anybody. PostgreSQL always waits for
+        its disk: it can crash by itself, and whoever waits for an answer does not notice.
         """
         connection = self._connect()
         cursor, is_sqlite = connection.cursor(), self._database.is_sqlite
@@ -253,8 +254,6 @@ class Writing:
                     cursor.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                     self._is_durable = durable
                 cursor.execute("BEGIN IMMEDIATE")
-            elif not durable:
-                cursor.execute("SET LOCAL synchronous_commit TO OFF")
             yield Driver(cursor, is_sqlite=is_sqlite)
             connection.commit()
         except BaseException as error:

@@ -30,6 +30,9 @@ from feedback.tables import (
 NOT_DELIVERED = "not_delivered"
 """The error code of an answer whose end the client was not sent after all."""
 
+NOT_RECORDED = "not_recorded"
+"""The error code of an answer that could not be written as it was."""
+
 
 @dataclass(slots=True)
 class StartedAnswer:

@@ -258,6 +258,7 @@ class Relay:
             if not self._recorded:
                 self._recorded = True
                 self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, CLIENT_LEFT))
+                self._count_end(AnswerStatus.INTERRUPTED)
                 if self._trace is not None:
                     self._trace.failed(CLIENT_LEFT)
             if self._trace is not None:
@@ -369,7 +370,7 @@ class Relay:
             ("prompt_tokens", figures.prompt_tokens),
             ("completion_tokens", figures.completion_tokens),
         ):
-            counter.add(*whose, amount=usage.get(name) or 0)
+            counter.add(*whose, amount=_count_in(usage, name) or 0)
 
     # A reply in one piece
 
@@ -378,7 +379,7 @@ class Relay:
         self._times.heard = time.perf_counter()
         answer = _parse(body)
         self._check(answer)
-        self._heard.usage = answer.get("usage")
+        self._heard.usage = _usage_of(answer)
         choices = []
         for choice in answer["choices"]:
             index = choice["index"]
@@ -456,9 +457,7 @@ class Relay:
         choices = found.get("choices")
         if choices:
             self._heard.hear(choices)
-        usage = found.get("usage")
-        if usage:
-            self._heard.usage = usage
+        self._heard.usage = _usage_of(found) or self._heard.usage
         if not choices and not self._exchange.include_usage:
             return b""  # the usage that only the record asked for
         for old, new in self._names:
@@ -497,22 +496,28 @@ class Relay:
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
     async def _commit(self, ended: EndedAnswer) -> None:
-        """Returns after COMMIT, also when this task is cancelled meanwhile.
+        """Returns after COMMIT. Raises `not_recorded` after a time.
 
-        Raises `not_recorded` after a time.
+        Cancelled meanwhile it is taken back: whoever left was not sent the end.
         """
         self._recorded = True  # from here on the row is the recorder's
-        committing = time.perf_counter()
+        committing, status = time.perf_counter(), AnswerStatus.INTERRUPTED
         try:
             await self._recorder.record(ended, self._commit_timeout)
+            status = ended.status
         except NotRecorded:
             self._figures.not_recorded.add()
             raise NotReady(
                 "the answer could not be recorded and is withheld; try again", code="not_recorded"
             ) from None
         finally:
+            self._count_end(status)
             if self._trace is not None:
                 self._trace.committed(time.perf_counter() - committing)
+
+    def _count_end(self, status: AnswerStatus) -> None:
+        started = self._exchange.started
+        self._figures.answers.add(started.release, str(started.arm), str(status))
 
     def _ended(
         self,
@@ -521,7 +526,6 @@ class Relay:
         choices: list[dict[str, Any]] | None = None,
     ) -> EndedAnswer:
         started, usage = self._exchange.started, self._heard.usage or {}
-        self._figures.answers.add(started.release, str(started.arm), str(status))
         if choices is None:
             choices = self._heard.choices()
         return EndedAnswer(
@@ -533,8 +537,8 @@ class Relay:
             stored=started.stored,
             error_code=error_code,
             engine=self._engine_id,
-            prompt_tokens=usage.get("prompt_tokens"),
-            completion_tokens=usage.get("completion_tokens"),
+            prompt_tokens=_count_in(usage, "prompt_tokens"),
+            completion_tokens=_count_in(usage, "completion_tokens"),
             first_token_at=self._heard.first_token_at,
         )
 
@@ -585,6 +589,17 @@ class _Watch:
             pass
         self._on_leave()
         task.cancel()
+
+
+def _usage_of(answer: dict[str, Any]) -> dict[str, Any] | None:
+    usage = answer.get("usage")
+    return usage if isinstance(usage, dict) else None
+
+
+def _count_in(usage: Mapping[str, Any], name: str) -> int | None:
+    """A number of tokens; None for whatever else an engine may say."""
+    found = usage.get(name)
+    return found if type(found) is int and 0 <= found < 2**31 else None
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -8,11 +8,13 @@ early; a writer that dies. Does not own: how rows are written.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import cast
@@ -23,6 +25,7 @@ from feedback.tables import AnswerStatus
 from server.writer import (
     ENDED,
     FRAME,
+    MOST_KEPT,
     SETUP,
     STARTED,
     UNDELIVERED,
@@ -30,6 +33,7 @@ from server.writer import (
     Row,
     Setup,
     Writer,
+    as_undelivered,
     ended_json,
     report_json,
     setup_json,
@@ -39,13 +43,18 @@ from server.writer import (
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
-STOP_SECONDS = 15.0
+STOP_SECONDS = 25.0  #: a database that is locked is waited for twice
+MOST_UNSENT_BYTES = 64 * 1024 * 1024  #: a writer that is so far behind gets nothing new
 RESTART_SECONDS = 1.0
 MOST_UNDER_WAY = 2  #: portions of rows that are with the writer
 
 
 class NotRecorded(Exception):
     """The row could not be committed."""
+
+
+class NotSent(NotRecorded):
+    """The writer was never told of it."""
 
 
 class Recorder:
@@ -79,6 +88,7 @@ class Recorder:
         self._unsettled = 0
         self._waiting: dict[int, tuple[Row, asyncio.Future[None] | None]] = {}
         self._stopping = False
+        self._connected_at = 0.0
         self.process: subprocess.Popen[bytes] | None = None
         self.writer: Writer | None = None  #: where it runs in a thread
 
@@ -90,8 +100,14 @@ class Recorder:
         """Have everything written that was sent, then end the writer."""
         self._stopping = True
         if self._restarting is not None:
+            await asyncio.wait([self._restarting], timeout=STOP_SECONDS)
             self._restarting.cancel()
         if self._link is None:
+            if self._owed:
+                logger.error(
+                    "Ends of answers are lost: there is no writer",
+                    extra={"action": "ends_lost", "rows": len(self._owed)},
+                )
             return
         link, self._link = self._link, None
         link.finish()
@@ -108,7 +124,7 @@ class Recorder:
     @property
     def depth(self) -> int:
         """Rows that wait."""
-        return self._unsettled + self._last.kept
+        return self._unsettled + self._last.kept + len(self._owed)
 
     @property
     def committed(self) -> int:
@@ -126,14 +142,14 @@ class Recorder:
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-        number = self._send(row, done)
+        self._send(row, done)
         timer = loop.call_later(timeout_seconds, _expire, done)
         try:
             await done
         except NotRecorded:
             raise  # the writer has seen to it
         except BaseException as error:
-            self._waiting.pop(number, None)
+            # It goes on waiting in `_waiting`: should the writer die, the next one gets it.
             if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
                 self._take_back(row)
             if isinstance(error, TimeoutError):
@@ -144,16 +160,16 @@ class Recorder:
 
     def record_soon(self, row: EndedAnswer) -> None:
         """Have a row written whose commit nobody waits for: the client has gone."""
-        if self._link is None:
-            self._owed.append(row)
-        else:
+        with contextlib.suppress(NotSent):
             self._send(row, None)
 
-    def _send(self, row: Row, done: asyncio.Future[None] | None) -> int:
+    def _send(self, row: Row, done: asyncio.Future[None] | None) -> None:
         if self._link is None:
             if isinstance(row, EndedAnswer):
-                self._owed.append(row)
-            raise NotRecorded("the writer is not there; it is being started")
+                self._owe(row)
+            raise NotSent("the writer is not there; it is being started")
+        if isinstance(row, StartedAnswer) and self._link.unsent_bytes > MOST_UNSENT_BYTES:
+            raise NotSent("the writer is too far behind")
         # A warning would have the values; the writer refuses what isn't of its form.
         if isinstance(row, StartedAnswer):
             kind, body = STARTED, started_json.dump_json(row, warnings=False)
@@ -163,7 +179,12 @@ class Recorder:
         self._unsettled += 1
         self._waiting[self._number] = (row, done)
         self._link.send(kind, self._number, body)
-        return self._number
+
+    def _owe(self, row: EndedAnswer) -> None:
+        if len(self._owed) < MOST_KEPT:
+            self._owed.append(row)
+        else:
+            self._before = (self._before[0], self._before[1] + 1)
 
     def _take_back(self, row: EndedAnswer) -> None:
         if self._link is not None:
@@ -187,6 +208,7 @@ class Recorder:
             threading.Thread(
                 target=_run, args=(self.writer, theirs), name="writer", daemon=True
             ).start()
+        self._connected_at = time.monotonic()
         loop = asyncio.get_running_loop()
         _, link = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
         if self._own_process:
@@ -205,11 +227,18 @@ class Recorder:
             why = "the writer ended before it was ready; its log says why"
         except TimeoutError:
             why = f"the writer was not ready after {START_SECONDS:g} s"
+        except BaseException:
+            self._abandon(link)
+            raise
+        self._abandon(link)
+        if self.process is not None:
+            await asyncio.to_thread(self.process.wait)
+        raise RuntimeError(why)
+
+    def _abandon(self, link: _Link) -> None:
         link.close()
         if self.process is not None:
             self.process.kill()
-            await asyncio.to_thread(self.process.wait)
-        raise RuntimeError(why)
 
     def _settle(self, report: Report) -> None:
         self._last = report
@@ -236,13 +265,15 @@ class Recorder:
         waiting, self._waiting = self._waiting, {}
         for row, done in waiting.values():
             if isinstance(row, EndedAnswer):
-                self._owed.append(row)
+                self._owe(row)
             if done is not None and not done.done():
                 done.set_exception(NotRecorded("the writer ended before it had committed this"))
         if not self._stopping:
             self._restarting = asyncio.ensure_future(self._restart())
 
     async def _restart(self) -> None:
+        if time.monotonic() - self._connected_at < RESTART_SECONDS:
+            await asyncio.sleep(RESTART_SECONDS)  # one that dies at once is not started at once
         while True:
             try:
                 self._link = await self._connect()
@@ -251,11 +282,11 @@ class Recorder:
                 logger.exception("No new writer", extra={"action": "writer_not_started"})
                 await asyncio.sleep(RESTART_SECONDS)
         logger.info("A new writer is there", extra={"action": "writer_started"})
-        owed, self._owed = self._owed, []
-        for row in owed:
-            self._send(row, None)
+        while self._owed and self._link is not None:
+            row = self._owed.pop(0)
+            self._send(as_undelivered(row), None)
             if row.status is AnswerStatus.COMPLETE:
-                self._take_back(row)
+                self._take_back(row)  # the one that died may have committed it
 
 
 class _Link(asyncio.Protocol):
@@ -292,6 +323,11 @@ class _Link(asyncio.Protocol):
         self._under_way.append(self._sent)
         self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
+
+    @property
+    def unsent_bytes(self) -> int:
+        assert self._transport is not None
+        return sum(map(len, self._unsent)) + self._transport.get_write_buffer_size()
 
     def finish(self) -> None:
         """Nothing more is sent; what comes is still heard."""

@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -35,6 +36,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from feedback.db import Database, Writing
 from feedback.recording import (
     NOT_DELIVERED,
+    NOT_RECORDED,
     EndedAnswer,
     StartedAnswer,
     record_ended,
@@ -98,7 +100,7 @@ class _Entry:
 
     def due(self) -> Row:
         """The row to write: whoever has stopped waiting for it does not release the answer."""
-        return _undelivered(self.row) if self.undelivered else self.row
+        return as_undelivered(self.row) if self.undelivered else self.row
 
 
 class Writer:
@@ -133,15 +135,18 @@ class Writer:
                 self._commit(group)
             if self._kept and not (group and self._away):
                 self._commit_kept()
-        while self._kept:
-            self._bury(self._kept.popleft().row)
+        for entry in self._kept:
+            if isinstance(entry.row, EndedAnswer):
+                self._bury(asdict(entry.row))
         self._writing.close()
 
     def _read(self, *, wait: bool) -> None:
-        """Take in what the gateway has sent. Waits for it, but not for ever while rows are kept."""
+        """Take in what the gateway has sent. Waits for it, but not for ever while rows are kept or
+        have to be taken back.
+        """
         if self._closed:
             return
-        if wait and self._kept:
+        if wait and (self._kept or self._undelivered):
             readable, _, _ = select.select([self._gateway], [], [], RETRY_SECONDS)
             wait = bool(readable)
         while True:
@@ -173,6 +178,8 @@ class Writer:
                 row = (started_json if kind == STARTED else ended_json).validate_json(body)
             except ValidationError:  # it has the values, which the log is not to have
                 logger.error("Row not understood", extra={"action": "row_not_understood"})
+                if kind == ENDED:
+                    self._bury(json.loads(body))
                 self._tell([number], "the writer does not understand this row", settled=1)
                 continue
             entry = _Entry(number, row)
@@ -204,10 +211,10 @@ class Writer:
                 self._ends.pop(entry.row.id, None)
                 if away:
                     self._keep(entry)
-                else:
-                    self._bury(entry.row)
-            if not away:
-                self._undelivered.clear()  # the row alone is at fault, or these are
+                elif isinstance(entry.row, EndedAnswer):  # of a start nothing was answered
+                    self._bury(asdict(entry.row))
+            if not away and not group:
+                self._undelivered.clear()
             self._report(group, str(error))
         else:
             self._away = False
@@ -240,12 +247,16 @@ class Writer:
 
     def _keep(self, entry: _Entry) -> None:
         """Hold the end of an answer for later; its client is told that it is not recorded."""
-        if isinstance(entry.row, StartedAnswer):
+        row = entry.row
+        if isinstance(row, StartedAnswer):
             return  # its caller is told, and nothing was answered
         if len(self._kept) >= MOST_KEPT:
-            self._bury(entry.row)
-        else:
-            self._kept.append(_Entry(0, _undelivered(entry.row), was_kept=True))
+            self._bury(asdict(row))
+            return
+        kept = _Entry(0, as_undelivered(row), was_kept=True)
+        # A connection that broke during COMMIT leaves open whether that was done.
+        kept.undelivered = row.status is AnswerStatus.COMPLETE
+        self._kept.append(kept)
 
     def _commit_kept(self) -> None:
         """Try the rows of a database that was away again, in groups, until one fails."""
@@ -255,16 +266,17 @@ class Writer:
             size = min(LARGEST_GROUP, before)
             self._commit([self._kept.popleft() for _ in range(size)])
 
-    def _bury(self, row: Row) -> None:
-        """Keep the end of an answer that the database refused, for a person to look at."""
-        if isinstance(row, StartedAnswer):
-            return  # its caller is told, and nothing was answered
+    def _bury(self, end: dict[str, Any]) -> None:
+        """Keep the end of an answer that was refused for a person to look at; its row says so."""
         self.lost += 1
+        if end["choices"]:  # what is refused once more has none
+            failed = EndedAnswer(str(end["id"]), AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
+            self._queue.append(_Entry(0, failed, was_kept=True))
         try:
             self._dead_letters.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._dead_letters, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row), default=str) + "\n")
+                file.write(json.dumps(end, default=str) + "\n")
         except OSError:
             logger.exception("Dead letter not written", extra={"action": "dead_letter_failed"})
 
@@ -288,7 +300,7 @@ class Writer:
             self._gateway.sendall(report_json.dump_json(report) + b"\n")
 
 
-def _undelivered(row: Row) -> Row:
+def as_undelivered(row: Row) -> Row:
     """The row of an answer whose end the client was not sent after all."""
     if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
         return replace(row, status=AnswerStatus.INTERRUPTED, error_code=NOT_DELIVERED)

@@ -24,13 +24,13 @@ from feedback.answers import (
     was_answered,
 )
 from feedback.errors import AppError, BadRequest, NotReady, TooLarge
-from feedback.recording import EndedAnswer, StartedAnswer
+from feedback.recording import NOT_RECORDED, EndedAnswer, StartedAnswer
 from feedback.tables import AnswerKind, AnswerStatus, Arm
 from server.auth import Caller, KeyView, Scope, check_scope
 from server.gateway import Gateway
 from server.limits import Admission
 from server.proxy import Exchange, Relay, Reply
-from server.recorder import NotRecorded
+from server.recorder import NotRecorded, NotSent
 from server.request_ids import identify
 from server.routing import ReleaseView, Route, route, unknown_model
 from server.snapshot import load_release
@@ -103,8 +103,10 @@ class Completions:
         began, number = time.perf_counter(), identify(scope)
         reply = Reply(send, path, {"x-request-id": number}, gateway.figures)
         admission: Admission | None = None
-        trace = None if gateway.tracer is None else gateway.tracer.start(scope)
+        trace: Trace | None = None
         try:
+            if gateway.tracer is not None:
+                trace = gateway.tracer.start(scope)
             headers = _decoded(scope["headers"])
             key = gateway.directory.keyring.authenticate(headers.get("authorization"))
             account = gateway.limits.account(key)
@@ -204,16 +206,14 @@ async def _start(gateway: Gateway, caller: Caller, exchange: Exchange, trace: Tr
     committing = time.perf_counter()
     try:
         await gateway.recorder.record(started, gateway.settings.gateway.commit_timeout_seconds)
-    except NotRecorded:
+    except (NotRecorded, asyncio.CancelledError) as error:
         # The row may still get there, and nobody will answer it then.
-        gateway.recorder.record_soon(
-            EndedAnswer(
-                id=started.id,
-                status=AnswerStatus.FAILED,
-                choices=[],
-                error_code="not_recorded",
+        if not isinstance(error, NotSent):
+            gateway.recorder.record_soon(
+                EndedAnswer(started.id, AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
             )
-        )
+        if isinstance(error, asyncio.CancelledError):
+            raise
         gateway.figures.not_recorded.add()
         gateway.forget_person(caller.key.user)  # an erasure elsewhere may have taken their row
         raise NotReady(

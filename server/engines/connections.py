@@ -1,9 +1,9 @@
 """Kept connections to one engine, for the requests that people wait for.
 
 Owns: HTTP/1.1 on a socket, as far as a POST to vLLM needs it: connections that are used again,
-bounded buffers, a limit to silence. Parsing is httptools'. aiohttp does the same in five times the
-processor time (`docs/decisions/0011-the-hot-path.md`) and does everything else (`vllm.py`). Does
-not own: what an answer means, retries.
+bounded buffers, a limit to silence. Parsing is httptools'. aiohttp, which asks everything else
+(`vllm.py`), does more for a request than is needed here; decision 0011 has the figures. Does not
+own: what an answer means, retries.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Connections:
         always = {"Host": parts.netloc.rpartition("@")[2], **headers}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in always.items())
         self._idle: deque[_Connection] = deque()
+        self._is_closed = False
 
     def post(
         self, path: str, body: bytes, *, headers: Mapping[str, str], timeout_seconds: float
@@ -54,6 +55,7 @@ class Connections:
 
     def close(self) -> None:
         """Close what is idle; what is in use closes when its request ends."""
+        self._is_closed = True
         while self._idle:
             self._idle.pop().close()
 
@@ -77,7 +79,7 @@ class Connections:
 
     def give_back(self, connection: _Connection) -> None:
         """Keep a connection whose reply has come whole, or close it."""
-        if not connection.may_be_kept():
+        if self._is_closed or not connection.may_be_kept():
             connection.close()
             return
         now = connection.idle_since = asyncio.get_running_loop().time()
@@ -176,7 +178,8 @@ class _Connection(asyncio.Protocol):
         """Send a request; after `silence_seconds` in which nothing comes it has failed."""
         assert self._transport is not None
         self.status, self.headers, self.is_complete = None, {}, False
-        self._ends_with_connection = self._may_be_kept = False
+        self._ends_with_connection = self._may_be_kept = self._is_paused = False
+        self.pieces, self._buffered = [], 0
         self._parser = httptools.HttpResponseParser(self)
         self._silence_seconds = silence_seconds
         self._heard_at = self._loop.time()
@@ -197,7 +200,8 @@ class _Connection(asyncio.Protocol):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def may_be_kept(self) -> bool:
-        return self.is_complete and self.is_open and self._may_be_kept
+        is_read = self.is_complete and not self.pieces and not self._is_paused
+        return is_read and self.is_open and self._may_be_kept
 
     def close(self) -> None:
         self._stop_timer()

@@ -103,7 +103,8 @@ def test_a_commit_waits_for_the_disk_where_it_was_asked_to(
     for durable in (True, False, True, False):
         with writing.transaction(durable=durable) as driver:
             found += [setting for (setting,) in driver.rows(asked, ())]
-    assert found == ([2, 1, 2, 1] if database.is_sqlite else ["on", "off", "on", "off"])
+    # PostgreSQL may crash while an answer is under way, and its gateway would not notice.
+    assert found == ([2, 1, 2, 1] if database.is_sqlite else ["on"] * 4)
     writing.close()
     if database.is_sqlite:  # nobody gets the connection that waits for nothing
         with database.write() as session:

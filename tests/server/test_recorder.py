@@ -141,7 +141,7 @@ async def test_a_row_that_cannot_be_written_takes_no_neighbour_along(
 
 
 async def test_the_end_of_an_answer_that_is_refused_becomes_a_dead_letter(
-    recorder: Recorder, person: str, tmp_path: Path
+    database: Database, recorder: Recorder, person: str, tmp_path: Path
 ) -> None:
     row = started(person)
     await recorder.record(row, SECONDS)
@@ -153,6 +153,7 @@ async def test_the_end_of_an_answer_that_is_refused_becomes_a_dead_letter(
     letters = tmp_path / "dead" / "letters.jsonl"
     assert json.loads(letters.read_text())["choices"][0]["message"]["content"] == "hello"
     assert letters.stat().st_mode & 0o777 == 0o600
+    await until(lambda: statuses(database) == {row.id: "failed"})
 
 
 async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_them(
@@ -296,6 +297,34 @@ async def test_after_the_death_of_the_writer_another_one_writes_what_is_owed(
             waits.id: "interrupted",
             fresh.id: "started",
         }
+
+
+async def test_an_end_that_nobody_waits_for_any_more_is_owed_too_when_the_writer_dies(
+    database: Database, person: str, tmp_path: Path
+) -> None:
+    async with with_process(database, tmp_path) as recorder:
+        row = started(person)
+        await recorder.record(row, SECONDS)
+        assert recorder.process is not None
+        os.kill(recorder.process.pid, signal.SIGSTOP)
+        with pytest.raises(NotRecorded, match="not committed within"):
+            await recorder.record(ended(row), 0.05)
+        os.kill(recorder.process.pid, signal.SIGKILL)
+        await until(lambda: statuses(database) == {row.id: "interrupted"})
+
+
+async def test_a_writer_that_is_far_behind_gets_no_new_answers(
+    database: Database, person: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.recorder.MOST_UNSENT_BYTES", 1000)
+    async with with_process(database, tmp_path) as recorder:
+        assert recorder.process is not None
+        os.kill(recorder.process.pid, signal.SIGSTOP)
+        rows = [started(person, prefix_hash="x" * 600) for _ in range(8)]
+        waits = [asyncio.ensure_future(recorder.record(row, 0.05)) for row in rows]
+        results = await asyncio.gather(*waits, return_exceptions=True)
+        assert "the writer is too far behind" in {str(result) for result in results}
+        os.kill(recorder.process.pid, signal.SIGCONT)
 
 
 async def test_a_writer_that_cannot_start_is_an_error_at_once(tmp_path: Path) -> None:

@@ -137,6 +137,27 @@ async def test_pieces_come_before_the_end_and_leaving_early_closes_the_connectio
         assert server_side.connections == 1
 
 
+async def test_what_was_not_read_of_a_reply_is_no_part_of_the_next_one() -> None:
+    async with peer(says(HELLO)) as (server_side, pool):
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=5)
+        async with asked as reply:
+            assert reply.status == 200
+            await asyncio.sleep(0.05)  # all of it has come
+        assert (await post(pool))[1] == b"hello"
+        assert server_side.connections == 2
+
+
+async def test_a_reply_that_filled_its_buffer_leaves_no_connection_that_is_not_read() -> None:
+    large = b"x" * (4 * MOST_BUFFERED_BYTES)
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(large)
+    async with peer(says(head + large)) as (_, pool), asyncio.timeout(10):
+        for _ in range(3):
+            asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=5)
+            async with asked:
+                await asyncio.sleep(0.05)  # nothing of it is taken
+            assert (await post(pool))[1] == large
+
+
 async def test_a_wait_that_is_cancelled_closes_the_connection() -> None:
     async with peer(says(b"HTTP/1.1 200")) as (server_side, pool):
         waiting = asyncio.ensure_future(post(pool))
