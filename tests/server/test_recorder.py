@@ -28,6 +28,8 @@ from server.writer import Writer, writer_lock
 pytestmark = pytest.mark.anyio
 
 SECONDS = 10.0  #: longest wait for a commit
+#: What happens before the database is the same on both.
+ON_SQLITE = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -272,6 +274,7 @@ async def test_the_writer_s_process_writes_and_holds_its_lock_until_it_has(
         assert statuses(database) == dict.fromkeys([row.id for row in rows], "complete")
 
 
+@ON_SQLITE
 async def test_after_the_death_of_the_writer_another_one_writes_what_is_owed(
     database: Database, person: str, tmp_path: Path
 ) -> None:
@@ -299,6 +302,7 @@ async def test_after_the_death_of_the_writer_another_one_writes_what_is_owed(
         }
 
 
+@ON_SQLITE
 async def test_an_end_that_nobody_waits_for_any_more_is_owed_too_when_the_writer_dies(
     database: Database, person: str, tmp_path: Path
 ) -> None:
@@ -313,6 +317,7 @@ async def test_an_end_that_nobody_waits_for_any_more_is_owed_too_when_the_writer
         await until(lambda: statuses(database) == {row.id: "interrupted"})
 
 
+@ON_SQLITE
 async def test_a_writer_that_is_far_behind_gets_no_new_answers(
     database: Database, person: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
