@@ -280,7 +280,7 @@ class Recorder:
                 break
             except (OSError, RuntimeError):
                 logger.exception("No new writer", extra={"action": "writer_not_started"})
-                await asyncio.sleep(RESTART_SECONDS)
+                await asyncio.sleep(RESTART_SECONDS)  # what is wrong takes a while to be put right
         logger.info("A new writer is there", extra={"action": "writer_started"})
         while self._owed and self._link is not None:
             row = self._owed.pop(0)
