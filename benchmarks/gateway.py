@@ -48,8 +48,6 @@ CHUNKS = 32
 CLIENTS = (1, 16, 64)
 RATE = 50.0
 START_SECONDS = 120.0
-#: A step that the engine's loop takes between two chunks: long enough to be one, too short to wait.
-STEP_SECONDS = 1e-6
 PEERS = {
     "litellm": "litellm[proxy]==1.106.12",  # its next releases want a wheel that PyPI has not
     "vllm-router": "vllm-router==0.1.17",
@@ -280,7 +278,6 @@ class Bench:
 
     def measure(self, cell: Cell, system: System, seconds: float, requests: int = 10**6) -> Figures:
         """One run of the load against one system."""
-        set_chunks(self.engine, cell.stream)
         command = python(str(HERE / "peers/load.py"), "--url", system.url, "--model", system.model)
         command += ["--key", system.key, "--clients", str(cell.clients)]
         command += ["--seconds", str(seconds), "--requests", str(requests)]
@@ -328,14 +325,6 @@ def summary(cell: Cell, figures: Figures) -> str:
     if cell.rate:
         return f"p50 {figures['p50_ms']:.2f} ms, p99 {figures['p99_ms']:.2f} ms"
     return f"{figures['per_second']:.0f}/s"
-
-
-def set_chunks(engine: str, separate: bool) -> None:
-    """Whether the engine sends the tokens of an answer one by one."""
-    body = json.dumps({"token_seconds": STEP_SECONDS if separate else 0.0}).encode()
-    request = urllib.request.Request(f"{engine}/fake/faults", data=body, method="POST")
-    with urllib.request.urlopen(request, timeout=10):
-        pass
 
 
 def count_complete(url: str) -> int:
@@ -497,8 +486,8 @@ def main() -> None:
         build_model(work / "tiny")
         port = free_port()
         engine = f"http://127.0.0.1:{port}"
-        command = python("-m", "server.engines.fake", "--port", str(port))
-        command += ["--answer-tokens", str(CHUNKS)]
+        command = python(str(HERE / "peers/engine.py"), "--port", str(port))
+        command += ["--chunks", str(CHUNKS)]
         stack.enter_context(process(command, f"{engine}/health", work / "engine.log"))
         makers: dict[str, Callable[[], Any]] = {
             FLOOR: lambda: passthrough(engine, work),
