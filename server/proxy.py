@@ -1,9 +1,9 @@
 """One answer's way from the engine to the client, with its record.
 
-Owns: the request to the engine, the split of a stream at event ends, the public name in the bytes,
-the hold of the end until it is committed. Covered: the client that goes away, the engine that dies
-before and after the first token, a commit that fails. Does not own: which release answers
-(`routing.py`) or how rows are written (`recorder.py`).
+Owns: the request to the engine, the hold of the end until it is committed, what the client is sent.
+Covered: the client that goes away, the engine that dies before and after the first token, a commit
+that fails. Does not own: what the engine's bytes say (`heard.py`), which release answers
+(`routing.py`), how rows are written (`recorder.py`).
 
 Nothing is sent to the client before the first token is there: until then another engine may take
 over, and a failure has a status of its own.
@@ -17,16 +17,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic_core import from_json
 from starlette.types import Receive, Send
 
 from feedback.answers import MessagesHash
-from feedback.db import now
 from feedback.errors import AppError, NotReady
 from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
@@ -40,6 +36,17 @@ from server.errors import (
     event_of,
     fault_of_engine,
 )
+from server.heard import (
+    DONE,
+    LARGEST_EVENT,
+    Events,
+    Forms,
+    Heard,
+    count_in,
+    names_of,
+    parse,
+    usage_of,
+)
 from server.limits import Account
 from server.metrics import Figures
 from server.recorder import NotRecorded, Recorder
@@ -47,9 +54,7 @@ from server.tracing import CLIENT_LEFT, Trace
 
 logger = logging.getLogger(__name__)
 
-LARGEST_EVENT = 4 * 1024 * 1024
 LARGEST_REPLY = 64 * 1024 * 1024
-DONE = b"data: [DONE]\n\n"
 WATCH_AFTER_SECONDS = 0.1  #: a client that leaves is noticed from then on
 
 ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
@@ -76,69 +81,6 @@ class Exchange:
     n: int
     started: StartedAnswer
     said: MessagesHash  #: of what the caller sent
-
-
-@dataclass(slots=True)
-class Heard:
-    """What the engine has said so far, put together for the record."""
-
-    chat: bool
-    texts: dict[int, list[str]] = field(default_factory=dict)
-    reasoning: dict[int, list[str]] = field(default_factory=dict)
-    tool_calls: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
-    finish: dict[int, str] = field(default_factory=dict)
-    usage: dict[str, Any] | None = None
-    first_token_at: datetime | None = None
-
-    def hear(self, choices: list[dict[str, Any]]) -> None:
-        """Add one event's choices."""
-        for choice in choices:
-            index = choice["index"]
-            delta = choice.get("delta") or {}
-            text = delta.get("content") if self.chat else choice.get("text")
-            thought = delta.get("reasoning") or delta.get("reasoning_content")
-            if (text or thought or delta.get("tool_calls")) and self.first_token_at is None:
-                self.first_token_at = now()
-            self.texts.setdefault(index, [])
-            if text:
-                self.texts[index].append(text)
-            if thought:
-                self.reasoning.setdefault(index, []).append(thought)
-            for call in delta.get("tool_calls") or ():
-                self._hear_call(index, call)
-            if choice.get("finish_reason") is not None:
-                self.finish[index] = choice["finish_reason"]
-
-    def _hear_call(self, index: int, call: dict[str, Any]) -> None:
-        calls = self.tool_calls.setdefault(index, {})
-        known = calls.setdefault(
-            call.get("index", 0), {"type": "function", "function": {"name": "", "arguments": ""}}
-        )
-        if call.get("id"):
-            known["id"] = call["id"]
-        function = call.get("function") or {}
-        known["function"]["name"] += function.get("name") or ""
-        known["function"]["arguments"] += function.get("arguments") or ""
-
-    def choices(self) -> list[dict[str, Any]]:
-        """As OpenAI's choices, partial where the stream broke."""
-        made = []
-        for index in sorted(self.texts):
-            message: dict[str, Any] = {"role": "assistant", "content": "".join(self.texts[index])}
-            if index in self.tool_calls:
-                message["tool_calls"] = [call for _, call in sorted(self.tool_calls[index].items())]
-                message["content"] = message["content"] or None
-            made.append(
-                {"index": index, "message": message, "finish_reason": self.finish.get(index)}
-            )
-        return made
-
-    def thoughts(self) -> list[str | None] | None:
-        if not self.reasoning:
-            return None
-        return [
-            "".join(self.reasoning[i]) if i in self.reasoning else None for i in sorted(self.texts)
-        ]
 
 
 @dataclass(slots=True)
@@ -229,8 +171,8 @@ class Relay:
         self._trace = trace
         self._figures = figures
         self._times = Times(began)
-        self._heard = Heard(chat=exchange.path.endswith("chat/completions"))
-        self._names = _renames(exchange.engine_name, exchange.public_name)
+        self._names = names_of(exchange.engine_name, exchange.public_name)
+        self._forget()
         self._recorded = False
         self._client_left = False
         self._engine_id: str | None = exchange.started.engine
@@ -270,6 +212,11 @@ class Relay:
                 )
             if self._charge is not None:
                 self._charge(self._used_tokens())
+
+    def _forget(self) -> None:
+        """Begin to hear: at first, and when another engine is asked."""
+        self._heard = Heard(chat=self._exchange.path.endswith("chat/completions"))
+        self._forms = Forms(self._heard, self._names)
 
     def _leave(self) -> None:
         self._client_left = True
@@ -322,7 +269,8 @@ class Relay:
                 "Asking another engine",
                 extra={"action": "answer_retried", "engine": member.id, "error": fault.message},
             )
-            member, self._heard = another, Heard(chat=self._heard.chat)
+            member = another
+            self._forget()
 
     def _gone(self, error: EngineUnreachable | NotLoaded, client: Reply) -> AppError:
         if isinstance(error, NotLoaded):
@@ -370,16 +318,16 @@ class Relay:
             ("prompt_tokens", figures.prompt_tokens),
             ("completion_tokens", figures.completion_tokens),
         ):
-            counter.add(*whose, amount=_count_in(usage, name) or 0)
+            counter.add(*whose, amount=count_in(usage, name) or 0)
 
     # A reply in one piece
 
     async def _relay_plain(self, reply: EngineReply, client: Reply) -> None:
         body = await _read(reply, LARGEST_REPLY)
         self._times.heard = time.perf_counter()
-        answer = _parse(body)
+        answer = parse(body)
         self._check(answer)
-        self._heard.usage = _usage_of(answer)
+        self._heard.usage = usage_of(answer)
         choices = []
         for choice in answer["choices"]:
             index = choice["index"]
@@ -399,7 +347,7 @@ class Relay:
                 {"index": index, "message": message, "finish_reason": choice.get("finish_reason")}
             )
         await self._commit(self._ended(AnswerStatus.COMPLETE, choices=choices))
-        body = self._rename(body)
+        body = self._names.put_into(body)
         await client.start(
             200, {"content-type": "application/json", "content-length": str(len(body))}
         )
@@ -415,7 +363,7 @@ class Relay:
         passed = bytearray()
         held: list[bytes] = []
         done = False
-        events = _Events()
+        events = Events()
         async for piece in reply.body:
             fault: AppError | None = None
             for event in events.split(piece):
@@ -447,9 +395,12 @@ class Relay:
 
     def _hear(self, event: bytes) -> bytes:
         """Take one event into the record; what the client gets of it."""
+        renamed = self._forms.hear(event)
+        if renamed is not None:
+            return renamed
         if event == DONE or not event.startswith(b"data: "):
             return event
-        found = _parse(event[6:])
+        found = parse(event[6:])
         if "error" in found:
             names = {self._exchange.engine_name: self._exchange.public_name}
             raise fault_of_engine(500, event[6:], names=names)
@@ -457,13 +408,11 @@ class Relay:
         choices = found.get("choices")
         if choices:
             self._heard.hear(choices)
-        self._heard.usage = _usage_of(found) or self._heard.usage
+        self._heard.usage = usage_of(found) or self._heard.usage
         if not choices and not self._exchange.include_usage:
             return b""  # the usage that only the record asked for
-        for old, new in self._names:
-            if old in event:
-                return event.replace(old, new, 1)
-        return b"data: " + self._rename(event[6:-2]) + b"\n\n"
+        self._forms.learn(event, found)
+        return self._names.put_into_event(event)
 
     # Both
 
@@ -482,18 +431,6 @@ class Relay:
             raise IntegrityFault(
                 "the engine answered for another model than it was asked; the answer is withheld"
             )
-
-    def _rename(self, raw: bytes) -> bytes:
-        """Put the public name in the place of the engine's.
-
-        A quote inside a JSON string is always escaped, so the first match is the field itself.
-        """
-        for old, new in self._names:
-            if old in raw:
-                return raw.replace(old, new, 1)
-        answer = _parse(raw)  # an engine that writes its JSON in another way
-        answer["model"] = self._exchange.public_name
-        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
     async def _commit(self, ended: EndedAnswer) -> None:
         """Returns after COMMIT. Raises `not_recorded` after a time.
@@ -537,8 +474,8 @@ class Relay:
             stored=started.stored,
             error_code=error_code,
             engine=self._engine_id,
-            prompt_tokens=_count_in(usage, "prompt_tokens"),
-            completion_tokens=_count_in(usage, "completion_tokens"),
+            prompt_tokens=count_in(usage, "prompt_tokens"),
+            completion_tokens=count_in(usage, "completion_tokens"),
             first_token_at=self._heard.first_token_at,
         )
 
@@ -555,18 +492,6 @@ class Relay:
             await client.send(event_of(error))
         else:
             await client.fail(error)
-
-
-@lru_cache(maxsize=1024)
-def _renames(engine_name: str, public_name: str) -> list[tuple[bytes, bytes]]:
-    """The `model` field as an engine may write it, and as the client gets it."""
-    new = json.dumps(public_name, ensure_ascii=False).encode()
-    forms = dict.fromkeys(json.dumps(engine_name, ensure_ascii=plain) for plain in (False, True))
-    return [
-        (b'"model":' + space + form.encode(), b'"model":' + space + new)
-        for space in (b"", b" ")
-        for form in forms
-    ]
 
 
 class _Watch:
@@ -591,27 +516,6 @@ class _Watch:
         task.cancel()
 
 
-def _usage_of(answer: dict[str, Any]) -> dict[str, Any] | None:
-    usage = answer.get("usage")
-    return usage if isinstance(usage, dict) else None
-
-
-def _count_in(usage: Mapping[str, Any], name: str) -> int | None:
-    """A number of tokens; None for whatever else an engine may say."""
-    found = usage.get(name)
-    return found if type(found) is int and 0 <= found < 2**31 else None
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        found = from_json(raw)
-    except ValueError:
-        raise EngineFault("the engine's answer is not JSON") from None
-    if not isinstance(found, dict):
-        raise EngineFault("the engine's answer is not a JSON object")
-    return found
-
-
 async def _read(reply: EngineReply, most: int) -> bytes:
     body = bytearray()
     async for piece in reply.body:
@@ -619,21 +523,3 @@ async def _read(reply: EngineReply, most: int) -> bytes:
         if len(body) > most:
             raise EngineFault(f"the engine's reply passes {most} bytes")
     return bytes(body)
-
-
-class _Events:
-    """Whole server-sent events out of a stream's pieces; each ends with its blank line."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def split(self, piece: bytes) -> list[bytes]:
-        rest = self._rest + piece if self._rest else piece
-        end = rest.find(b"\n\n")
-        if end >= 0 and end == len(rest) - 2:  # most pieces are one event
-            self._rest = b""
-            return [rest]
-        *events, self._rest = rest.split(b"\n\n")
-        if len(self._rest) > LARGEST_EVENT:
-            raise EngineFault(f"an event of the engine passes {LARGEST_EVENT} bytes")
-        return [event + b"\n\n" for event in events]

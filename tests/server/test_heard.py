@@ -1,4 +1,4 @@
-"""The parts of an answer's way that need no engine: names in bytes, events, what was heard."""
+"""What engines say: names in bytes, events, forms of events, what was heard."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import EngineFault
-from server.proxy import LARGEST_EVENT, Heard, _Events, _renames
+from server.heard import DONE, LARGEST_EVENT, Events, Forms, Heard, Names, parse
 
 
 def split(*parts: bytes) -> list[bytes]:
-    events = _Events()
+    events = Events()
     return [event for part in parts for event in events.split(part)]
 
 
@@ -49,9 +49,11 @@ def test_the_public_name_replaces_the_field_and_nothing_that_was_said(
     raw = json.dumps(answer, ensure_ascii=plain, separators=separators).encode(
         "utf-8", "surrogatepass"
     )
-    old, new = next((o, n) for o, n in _renames(engine_name, 'as"sis@1é') if o in raw)
-    renamed = json.loads(raw.replace(old, new, 1).decode("utf-8", "surrogatepass"))
-    assert renamed == {**answer, "model": 'as"sis@1é'}
+    renamed = Names(engine_name, 'as"sis@1é %b').put_into(raw)
+    assert json.loads(renamed.decode("utf-8", "surrogatepass")) == {
+        **answer,
+        "model": 'as"sis@1é %b',
+    }
 
 
 def test_a_stream_is_put_together_by_choice_with_thoughts_and_tool_calls() -> None:
@@ -103,3 +105,101 @@ def test_a_stream_is_put_together_by_choice_with_thoughts_and_tool_calls() -> No
         },
     ]
     assert heard.thoughts() == ["hm", None]
+
+
+PIECES = st.one_of(
+    st.text(), st.sampled_from(["another text", '"', "\\", "\n", '","content":"', "}"])
+)
+DELTAS = st.one_of(
+    st.fixed_dictionaries({"content": PIECES}),
+    st.fixed_dictionaries({"reasoning": PIECES}),
+    st.fixed_dictionaries({"content": PIECES, "reasoning_content": PIECES}),
+    st.fixed_dictionaries({"role": st.just("assistant"), "content": PIECES}),
+    st.just({"tool_calls": [{"index": 0, "function": {"name": "a", "arguments": "{}"}}]}),
+)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), DELTAS, st.sampled_from([None, None, None, "stop"]))),
+    st.booleans(),
+    st.sampled_from([(",", ":"), (", ", ": ")]),
+)
+def test_an_event_that_is_heard_by_its_form_says_what_it_says_when_parsed(
+    said: list[tuple[int, dict[str, Any], str | None]],
+    ascii_only: bool,
+    separators: tuple[str, str],
+) -> None:
+    names = Names("tiny", "assistant@1")
+    heard, parsed = Heard(chat=True), Heard(chat=True)
+    forms = Forms(heard, names)
+    for index, delta, finish in said:
+        choice = {"index": index, "delta": delta, "finish_reason": finish}
+        event = {"id": "x", "model": "tiny", "choices": [choice], "content": "another"}
+        text = json.dumps(event, ensure_ascii=ascii_only, separators=separators)
+        raw = b"data: %b\n\n" % text.encode("utf-8", "surrogatepass")
+        renamed = names.put_into_event(raw)
+        parsed.hear([choice])
+        by_form = forms.hear(raw)
+        if by_form is None:
+            heard.hear([choice])
+            forms.learn(raw, event)
+        else:
+            assert by_form == renamed
+    assert heard.choices() == parsed.choices()
+    assert heard.thoughts() == parsed.thoughts()
+
+
+def stream_event(content: str, more: str = "") -> bytes:
+    return b'data: {"model":"tiny","choices":[{"index":0,"delta":{"content":"%b"}}]%b}\n\n' % (
+        content.encode(),
+        more.encode(),
+    )
+
+
+def test_events_alike_but_for_their_text_are_parsed_once() -> None:
+    heard = Heard(chat=True)
+    forms = Forms(heard, Names("tiny", "assistant@1"))
+    first = stream_event("Hel")
+    assert forms.hear(first) is None
+    found = parse(first[6:])
+    heard.hear(found["choices"])
+    forms.learn(first, found)
+    assert forms.hear(stream_event("lo\\n")) == stream_event("lo\\n").replace(
+        b"tiny", b"assistant@1"
+    )
+    assert heard.choices()[0]["message"]["content"] == "Hello\n"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        stream_event("a", ',"error":"x"'),
+        stream_event('a","reasoning":"b'),
+        stream_event("a\\"),
+        stream_event("a\nb"),
+        stream_event(""),
+        stream_event("a").replace(b"tiny", b"other"),
+        DONE,
+    ],
+)
+def test_an_event_of_no_known_form_is_left_to_the_parser(event: bytes) -> None:
+    heard = Heard(chat=True)
+    forms = Forms(heard, Names("tiny", "assistant@1"))
+    first = stream_event("x")
+    found = parse(first[6:])
+    heard.hear(found["choices"])
+    forms.learn(first, found)
+    assert forms.hear(event) is None
+    assert heard.choices()[0]["message"]["content"] == "x"
+
+
+def test_a_form_is_not_learned_where_the_text_may_stand_elsewhere() -> None:
+    heard = Heard(chat=True)
+    forms = Forms(heard, Names("tiny", "assistant@1"))
+    twice = b'data: {"model":"tiny","x":{"content":"a"},"choices":[{"index":0,"delta":%b}]}\n\n'
+    for delta in (b'{"content":"a"}', b'{"content":"\\u0061"}'):
+        event = twice % delta
+        found = parse(event[6:])
+        heard.hear(found["choices"])
+        forms.learn(event, found)
+        assert forms.hear(event) is None

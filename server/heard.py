@@ -1,0 +1,256 @@
+"""What an engine says: put together for the record, and under the public name for the client.
+
+Owns: the split of a stream at event ends, the text, thoughts and calls of its choices, the name in
+the bytes. Covered: an engine that writes its JSON in another way, text that looks like a field.
+Does not own: what is done with an answer (`proxy.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from pydantic_core import from_json
+
+from feedback.db import now
+from server.errors import EngineFault
+
+LARGEST_EVENT = 4 * 1024 * 1024
+DONE = b"data: [DONE]\n\n"
+MOST_FORMS = 8  #: of one stream's events; what has none of them is parsed
+_PROBE = b"another text"
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """A JSON object of the engine's. Raises EngineFault."""
+    try:
+        found = from_json(raw)
+    except ValueError:
+        raise EngineFault("the engine's answer is not JSON") from None
+    if not isinstance(found, dict):
+        raise EngineFault("the engine's answer is not a JSON object")
+    return found
+
+
+def usage_of(answer: dict[str, Any]) -> dict[str, Any] | None:
+    usage = answer.get("usage")
+    return usage if isinstance(usage, dict) else None
+
+
+def count_in(usage: Mapping[str, Any], name: str) -> int | None:
+    """A number of tokens; None for whatever else an engine may say."""
+    found = usage.get(name)
+    return found if type(found) is int and 0 <= found < 2**31 else None
+
+
+@dataclass(slots=True)
+class Heard:
+    """What the engine has said so far, put together for the record."""
+
+    chat: bool
+    texts: dict[int, list[str]] = field(default_factory=dict)
+    reasoning: dict[int, list[str]] = field(default_factory=dict)
+    tool_calls: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    finish: dict[int, str] = field(default_factory=dict)
+    usage: dict[str, Any] | None = None
+    first_token_at: datetime | None = None
+
+    def hear(self, choices: list[dict[str, Any]]) -> None:
+        """Add one event's choices."""
+        for choice in choices:
+            index = choice["index"]
+            delta = choice.get("delta") or {}
+            text = delta.get("content") if self.chat else choice.get("text")
+            thought = delta.get("reasoning") or delta.get("reasoning_content")
+            if (text or thought or delta.get("tool_calls")) and self.first_token_at is None:
+                self.first_token_at = now()
+            self.texts.setdefault(index, [])
+            if text:
+                self.texts[index].append(text)
+            if thought:
+                self.reasoning.setdefault(index, []).append(thought)
+            for call in delta.get("tool_calls") or ():
+                self._hear_call(index, call)
+            if choice.get("finish_reason") is not None:
+                self.finish[index] = choice["finish_reason"]
+
+    def _hear_call(self, index: int, call: dict[str, Any]) -> None:
+        calls = self.tool_calls.setdefault(index, {})
+        known = calls.setdefault(
+            call.get("index", 0), {"type": "function", "function": {"name": "", "arguments": ""}}
+        )
+        if call.get("id"):
+            known["id"] = call["id"]
+        function = call.get("function") or {}
+        known["function"]["name"] += function.get("name") or ""
+        known["function"]["arguments"] += function.get("arguments") or ""
+
+    def choices(self) -> list[dict[str, Any]]:
+        """As OpenAI's choices, partial where the stream broke."""
+        made = []
+        for index in sorted(self.texts):
+            message: dict[str, Any] = {"role": "assistant", "content": "".join(self.texts[index])}
+            if index in self.tool_calls:
+                message["tool_calls"] = [call for _, call in sorted(self.tool_calls[index].items())]
+                message["content"] = message["content"] or None
+            made.append(
+                {"index": index, "message": message, "finish_reason": self.finish.get(index)}
+            )
+        return made
+
+    def thoughts(self) -> list[str | None] | None:
+        if not self.reasoning:
+            return None
+        return [
+            "".join(self.reasoning[i]) if i in self.reasoning else None for i in sorted(self.texts)
+        ]
+
+
+class Names:
+    """Puts the public name in the place of the engine's.
+
+    A quote inside a JSON string is always escaped, so the first match is the field itself.
+    """
+
+    def __init__(self, engine_name: str, public_name: str) -> None:
+        self._public_name = public_name
+        new = json.dumps(public_name, ensure_ascii=False).encode()
+        forms = dict.fromkeys(json.dumps(engine_name, ensure_ascii=p) for p in (False, True))
+        #: the field as an engine may write it, and as the client gets it
+        self._fields = [
+            (b'"model":' + space + form.encode(), b'"model":' + space + new)
+            for space in (b"", b" ")
+            for form in forms
+        ]
+
+    def put_into(self, raw: bytes) -> bytes:
+        """A whole answer. Raises EngineFault where it is no JSON object."""
+        for old, new in self._fields:
+            if old in raw:
+                return raw.replace(old, new, 1)
+        answer = parse(raw)  # an engine that writes its JSON in another way
+        answer["model"] = self._public_name
+        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def put_into_event(self, event: bytes) -> bytes:
+        """An event of a stream."""
+        for old, new in self._fields:
+            if old in event:
+                return event.replace(old, new, 1)
+        return b"data: " + self.put_into(event[6:-2]) + b"\n\n"
+
+
+@lru_cache(maxsize=1024)
+def names_of(engine_name: str, public_name: str) -> Names:
+    """`Names` of these two."""
+    return Names(engine_name, public_name)
+
+
+class Events:
+    """Whole server-sent events out of a stream's pieces; each ends with its blank line."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def split(self, piece: bytes) -> list[bytes]:
+        """The events that are whole with this piece. Raises EngineFault where one has no end."""
+        rest = self._rest + piece if self._rest else piece
+        end = rest.find(b"\n\n")
+        if end >= 0 and end == len(rest) - 2:  # most pieces are one event
+            self._rest = b""
+            return [rest]
+        *events, self._rest = rest.split(b"\n\n")
+        if len(self._rest) > LARGEST_EVENT:
+            raise EngineFault(f"an event of the engine passes {LARGEST_EVENT} bytes")
+        return [event + b"\n\n" for event in events]
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Events that differ in one piece of text alone: what stands before and after it, as the engine
+    writes it and as the client gets it.
+    """
+
+    before: bytes
+    after: bytes
+    renamed_before: bytes
+    renamed_after: bytes
+    pieces: list[str]  #: where the text goes
+
+
+class Forms:
+    """The forms of one stream's events: what has one is heard without being parsed.
+
+    Nearly all events of a stream are alike but for the next token; taking that out of the bytes
+    costs a quarter of parsing them.
+    """
+
+    def __init__(self, heard: Heard, names: Names) -> None:
+        self._heard = heard
+        self._names = names
+        self._forms: list[_Form] = []
+
+    def hear(self, event: bytes) -> bytes | None:
+        """Take the text of an event that has a known form; what the client gets of it.
+
+        None: the event has to be parsed.
+        """
+        for form in self._forms:
+            if event.startswith(form.before) and event.endswith(form.after):
+                raw = event[len(form.before) : -len(form.after)]
+                try:
+                    text = from_json(b'"%b"' % raw)
+                except ValueError:  # it does not end where the form says
+                    return None
+                if not text:
+                    return None
+                form.pieces.append(text)
+                return form.renamed_before + raw + form.renamed_after
+        return None
+
+    def learn(self, event: bytes, found: dict[str, Any]) -> None:
+        """Remember the form of an event that was parsed to `found`, and heard, if it has one."""
+        place = self._place_of_text(found) if len(self._forms) < MOST_FORMS else None
+        if place is None:
+            return
+        name, pieces = place
+        # A quote inside a JSON string is always escaped, so what is found is a field; that it is
+        # the right one is seen by putting another text there.
+        at = b'"%b":"%b"' % (name.encode(), pieces[-1].encode())
+        if event.count(at) != 1 or any(form.pieces is pieces for form in self._forms):
+            return
+        other = event.replace(at, b'"%b":"%b"' % (name.encode(), _PROBE))
+        renamed = self._names.put_into_event(other)
+        if (
+            other.count(_PROBE) == renamed.count(_PROBE) == 1
+            and _text_of(parse(other[6:]), name) == _PROBE.decode()
+        ):
+            before, _, after = other.partition(_PROBE)
+            renamed_before, _, renamed_after = renamed.partition(_PROBE)
+            self._forms.append(_Form(before, after, renamed_before, renamed_after, pieces))
+
+    def _place_of_text(self, event: dict[str, Any]) -> tuple[str, list[str]] | None:
+        """Which field of an event brought a piece of text, and where that was put; None where the
+        event said something else too.
+        """
+        choices: list[dict[str, Any]] = event.get("choices") or []
+        if len(choices) != 1 or choices[0].get("finish_reason") is not None:
+            return None
+        choice = choices[0]
+        if not self._heard.chat:
+            return ("text", self._heard.texts[choice["index"]]) if choice.get("text") else None
+        said = [name for name, value in (choice.get("delta") or {}).items() if value]
+        if said == ["content"]:
+            return "content", self._heard.texts[choice["index"]]
+        if said in (["reasoning"], ["reasoning_content"]):
+            return said[0], self._heard.reasoning[choice["index"]]
+        return None
+
+
+def _text_of(event: dict[str, Any], name: str) -> Any:
+    choice = event["choices"][0]
+    return choice.get("text") if name == "text" else choice["delta"].get(name)
