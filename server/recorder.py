@@ -8,7 +8,6 @@ early; a writer that dies. Does not own: how rows are written.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -81,12 +81,13 @@ class Recorder:
         self._log_level = log_level
         self._link: _Link | None = None
         self._restarting: asyncio.Task[None] | None = None
-        self._owed: list[EndedAnswer] = []  #: ends that came while there was no writer
+        self._there = asyncio.Event()  #: set while there is a writer
+        self._owed: list[_Sent] = []  #: ends that a writer had not reported when it died
         self._before = (0, 0)  #: committed and lost by writers that are gone
         self._last = Report([], None, 0, 0, 0, 0)
         self._number = 0
         self._unsettled = 0
-        self._waiting: dict[int, tuple[Row, asyncio.Future[None] | None]] = {}
+        self._waiting: dict[int, _Sent] = {}
         self._stopping = False
         self._connected_at = 0.0
         self.process: subprocess.Popen[bytes] | None = None
@@ -94,7 +95,11 @@ class Recorder:
 
     async def start(self) -> None:
         """Returns when the writer is ready. Raises RuntimeError where it can't be started."""
-        self._link = await self._connect()
+        self._begin(await self._connect())
+
+    def _begin(self, link: _Link) -> None:
+        self._link = link
+        self._there.set()
 
     async def stop(self) -> None:
         """Have everything written that was sent, then end the writer."""
@@ -110,6 +115,7 @@ class Recorder:
                 )
             return
         link, self._link = self._link, None
+        self._there.clear()
         link.finish()
         try:
             async with asyncio.timeout(STOP_SECONDS):
@@ -139,11 +145,15 @@ class Recorder:
 
         Raises NotRecorded, after `timeout_seconds` at the latest. Whoever stops waiting for the end
         of a complete answer, by that or by being cancelled, does not send it: the row says so.
+        While the writer is away another one is being started, and this waits for it.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
+        deadline = loop.time() + timeout_seconds
+        if self._link is None:
+            await self._wait_for_writer(row, deadline)
         self._send(row, done)
-        timer = loop.call_later(timeout_seconds, _expire, done)
+        timer = loop.call_at(deadline, _expire, done)
         try:
             await done
         except NotRecorded:
@@ -160,14 +170,25 @@ class Recorder:
 
     def record_soon(self, row: EndedAnswer) -> None:
         """Have a row written whose commit nobody waits for: the client has gone."""
-        with contextlib.suppress(NotSent):
+        if self._link is None:
+            self._owe(_Sent(row, None))
+        else:
             self._send(row, None)
 
-    def _send(self, row: Row, done: asyncio.Future[None] | None) -> None:
-        if self._link is None:
+    async def _wait_for_writer(self, row: Row, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                while self._link is None:
+                    await self._there.wait()
+        except BaseException as error:
             if isinstance(row, EndedAnswer):
-                self._owe(row)
-            raise NotSent("the writer is not there; it is being started")
+                self._owe(_Sent(row, None))
+            if isinstance(error, TimeoutError):
+                raise NotSent("the writer is not there; it is being started") from None
+            raise
+
+    def _send(self, row: Row, done: asyncio.Future[None] | None) -> None:
+        assert self._link is not None
         if isinstance(row, StartedAnswer) and self._link.unsent_bytes > MOST_UNSENT_BYTES:
             raise NotSent("the writer is too far behind")
         # A warning would have the values; the writer refuses what isn't of its form.
@@ -177,14 +198,15 @@ class Recorder:
             kind, body = ENDED, ended_json.dump_json(row, warnings=False)
         self._number += 1
         self._unsettled += 1
-        self._waiting[self._number] = (row, done)
+        self._waiting[self._number] = _Sent(row, done)
         self._link.send(kind, self._number, body)
 
-    def _owe(self, row: EndedAnswer) -> None:
+    def _owe(self, end: _Sent) -> None:
         if len(self._owed) < MOST_KEPT:
-            self._owed.append(row)
+            self._owed.append(end)
         else:
             self._before = (self._before[0], self._before[1] + 1)
+            end.fail("too many ends of answers wait for a writer")
 
     def _take_back(self, row: EndedAnswer) -> None:
         if self._link is not None:
@@ -245,29 +267,32 @@ class Recorder:
         self._unsettled -= report.settled
         error = report.error
         for number in report.numbers:
-            _, done = self._waiting.pop(number, (None, None))
-            if done is None or done.done():
-                continue  # nobody waits, or no longer
+            sent = self._waiting.pop(number, None)
+            if sent is None:
+                continue
             if error is None:
-                done.set_result(None)
+                sent.succeed()
             else:
-                done.set_exception(NotRecorded(error))
+                sent.fail(error)
 
     def _writer_ended(self, link: _Link) -> None:
-        """It died: who waits is told, what it may not have written is written by the next one."""
+        """It died: ends that it may not have written are written by the next one. Nobody knows
+        whether it wrote a start, so whoever waits for one is told.
+        """
         if self._link is not link:
             return
         self._link = None
+        self._there.clear()
         logger.error("The writer has ended", extra={"action": "writer_ended"})
         self._before = (self.committed, self.lost)
         self._last = Report([], None, 0, 0, 0, 0)
         self._unsettled = 0
         waiting, self._waiting = self._waiting, {}
-        for row, done in waiting.values():
-            if isinstance(row, EndedAnswer):
-                self._owe(row)
-            if done is not None and not done.done():
-                done.set_exception(NotRecorded("the writer ended before it had committed this"))
+        for sent in waiting.values():
+            if isinstance(sent.row, EndedAnswer):
+                self._owe(sent)
+            else:
+                sent.fail("the writer ended before it had committed this")
         if not self._stopping:
             self._restarting = asyncio.ensure_future(self._restart())
 
@@ -276,17 +301,41 @@ class Recorder:
             await asyncio.sleep(RESTART_SECONDS)  # one that dies at once is not started at once
         while True:
             try:
-                self._link = await self._connect()
+                self._begin(await self._connect())
                 break
             except (OSError, RuntimeError):
                 logger.exception("No new writer", extra={"action": "writer_not_started"})
                 await asyncio.sleep(RESTART_SECONDS)  # what is wrong takes a while to be put right
         logger.info("A new writer is there", extra={"action": "writer_started"})
         while self._owed and self._link is not None:
-            row = self._owed.pop(0)
-            self._send(as_undelivered(row), None)
-            if row.status is AnswerStatus.COMPLETE:
-                self._take_back(row)  # the one that died may have committed it
+            owed = self._owed.pop(0)
+            assert isinstance(owed.row, EndedAnswer)
+            if owed.is_awaited:
+                self._send(owed.row, owed.done)  # the one that died may have: then it stays so
+                continue
+            self._send(as_undelivered(owed.row), None)
+            if owed.row.status is AnswerStatus.COMPLETE:
+                self._take_back(owed.row)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A row that the writer has, or is to have, and whoever waits for its commit."""
+
+    row: Row
+    done: asyncio.Future[None] | None  #: None: nobody
+
+    @property
+    def is_awaited(self) -> bool:
+        return self.done is not None and not self.done.done()
+
+    def succeed(self) -> None:
+        if self.done is not None and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, why: str) -> None:
+        if self.done is not None and not self.done.done():
+            self.done.set_exception(NotRecorded(why))
 
 
 class _Link(asyncio.Protocol):
