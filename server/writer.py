@@ -49,7 +49,10 @@ from server.machine import collect_garbage_rarely
 
 logger = logging.getLogger(__name__)
 
-LARGEST_GROUP = 64
+LARGEST_GROUP = 64  #: rows
+#: On SQLite, where a commit costs little: while one group is committed, the answers of the one
+#: before it go on, and requests for the next one come. In one large group all wait together.
+LARGEST_SQLITE_GROUP = 24
 MOST_KEPT = 10_000  #: ends of answers that wait in memory for a database that is away
 RETRY_SECONDS = 0.5
 LOCK_SECONDS = 15.0
@@ -120,6 +123,7 @@ class Writer:
         self._ends: dict[str, _Entry] = {}  #: of answers, not yet written
         self._undelivered: list[str] = []  #: answers whose row may be complete and should not be
         self._kept: deque[_Entry] = deque()
+        self._largest_group = LARGEST_SQLITE_GROUP if database.is_sqlite else LARGEST_GROUP
         self._away = False  #: the last commit did not reach the database
         self._closed = False
         self.lost = 0
@@ -130,7 +134,9 @@ class Writer:
         self._report([], None)  # there, and ready
         while not (self._closed and not self._queue):
             self._read(wait=not self._queue)
-            group = [self._queue.popleft() for _ in range(min(LARGEST_GROUP, len(self._queue)))]
+            group = [
+                self._queue.popleft() for _ in range(min(self._largest_group, len(self._queue)))
+            ]
             if group or self._undelivered:
                 self._commit(group)
             if self._kept and not (group and self._away):
@@ -263,7 +269,7 @@ class Writer:
         before = len(self._kept) + 1
         while self._kept and len(self._kept) < before:
             before = len(self._kept)
-            size = min(LARGEST_GROUP, before)
+            size = min(self._largest_group, before)
             self._commit([self._kept.popleft() for _ in range(size)])
 
     def _bury(self, end: dict[str, Any]) -> None:
