@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from feedback.answers import EarlierAnswer, root_hash
@@ -32,6 +32,9 @@ NOT_DELIVERED = "not_delivered"
 
 NOT_RECORDED = "not_recorded"
 """The error code of an answer that could not be written as it was."""
+
+GATEWAY_STOPPED = "gateway_stopped"
+"""The error code of an answer that its gateway left `started`, and somebody else ended."""
 
 
 @dataclass(slots=True)
@@ -173,7 +176,8 @@ def _answer_values(
 def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:
     """Write how the answers of `batch` ended.
 
-    An answer that is no longer `started` stays as it is.
+    An answer that has ended before stays as it is, but for one that was ended as a stopped
+    gateway's: this end proves that its gateway lives.
     """
     awaited = _find_awaited(driver, [item.id for item in batch])
     ending = {item.id: item for item in reversed(batch) if item.id in awaited}
@@ -193,6 +197,11 @@ def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:
             )
             for item in ending.values()
         ],
+    )
+    # What was extracted from a judged one while it counted as interrupted holds no longer.
+    driver.run(
+        "UPDATE answers SET revision = revision + 1 WHERE id = ? AND revision > 0",
+        [(name,) for name, status in awaited.items() if status != AnswerStatus.STARTED],
     )
     kept = [item for item in ending.values() if item.stored]
     driver.run(
@@ -219,7 +228,8 @@ def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:
 def record_undelivered(driver: Driver, answer_ids: Iterable[str]) -> None:
     """Answers recorded as complete whose end was not sent after all: interrupted."""
     driver.run(
-        "UPDATE answers SET status = ?, error_code = ? WHERE id = ? AND status = ?",
+        "UPDATE answers SET status = ?, error_code = ?, "
+        "revision = CASE WHEN revision > 0 THEN revision + 1 ELSE 0 END WHERE id = ? AND status = ?",
         [
             (AnswerStatus.INTERRUPTED.value, NOT_DELIVERED, answer_id, AnswerStatus.COMPLETE.value)
             for answer_id in answer_ids
@@ -232,13 +242,17 @@ def interrupt_started(session: Session, gateway: str | None = None) -> int:
 
     `gateway` limits it to that gateway's own; None: all, where there is one gateway only.
     """
-    statement = update(Answer).where(text("status = 'started'"))  # in the index's own words
+    left = select(Answer.id).where(text("status = 'started'"))  # in the index's own words
     if gateway is not None:
-        statement = statement.where(Answer.gateway == gateway)
+        left = left.where(Answer.gateway == gateway)
+    # A row that is locked is being ended by its own gateway. PostgreSQL would have one of the two
+    # fail where each waited for the other; SQLite has one writer at a time.
+    leftovers = left.with_for_update(skip_locked=True).cte("leftovers")
     result = session.execute(
-        statement.values(
-            status=AnswerStatus.INTERRUPTED, error_code="gateway_stopped", ended_at=now()
-        )
+        update(Answer)
+        .where(Answer.id.in_(select(leftovers.c.id)))
+        .values(status=AnswerStatus.INTERRUPTED, error_code=GATEWAY_STOPPED, ended_at=now())
+        .execution_options(synchronize_session=False)
     )
     return int(getattr(result, "rowcount", 0))
 
@@ -273,12 +287,15 @@ def _find_named_conversations(
     return found
 
 
-def _find_awaited(driver: Driver, ids: Sequence[str]) -> set[str]:
-    """Those of `ids` that are still `started`; on PostgreSQL locked, in the order of their ids."""
+def _find_awaited(driver: Driver, ids: Sequence[str]) -> dict[str, str]:
+    """Those of `ids` whose end is to be written, with their status; on PostgreSQL locked, in the
+    order of their ids.
+    """
     lock = "" if driver.is_sqlite else " ORDER BY id FOR UPDATE"
     marks = ", ".join("?" * len(ids))
     found = driver.rows(
-        f"SELECT id FROM answers WHERE status = ? AND id IN ({marks}){lock}",
-        (AnswerStatus.STARTED.value, *ids),
+        "SELECT id, status FROM answers "
+        f"WHERE (status = ? OR error_code = ?) AND id IN ({marks}){lock}",
+        (AnswerStatus.STARTED.value, GATEWAY_STOPPED, *ids),
     )
-    return {answer_id for (answer_id,) in found}
+    return dict(found)

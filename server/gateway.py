@@ -27,6 +27,7 @@ from server.engines.fleet import Fleet, managed_address
 from server.engines.vllm import VllmEngine
 from server.limits import LimitBook, Limits
 from server.metrics import Figures
+from server.presence import present
 from server.recorder import Recorder
 from server.routing import ReleaseView, Snapshot
 from server.settings import Settings
@@ -202,31 +203,32 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
     Whoever starts it holds `sole_gateway`.
     """
     await asyncio.to_thread(_interrupt_leftovers, gateway.database)
-    await gateway.recorder.start()
-    try:
-        await gateway.directory.refresh()
-        interval = gateway.settings.gateway.refresh_seconds
-        tasks = [
-            asyncio.create_task(gateway.directory.follow(interval)),
-            asyncio.create_task(gateway.fleet.follow(interval)),
-        ]
+    async with present(gateway.database, gateway.id):
+        await gateway.recorder.start()
         try:
-            yield
+            await gateway.directory.refresh()
+            interval = gateway.settings.gateway.refresh_seconds
+            tasks = [
+                asyncio.create_task(gateway.directory.follow(interval)),
+                asyncio.create_task(gateway.fleet.follow(interval)),
+            ]
+            try:
+                yield
+            finally:
+                tasks += gateway._background
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await gateway.fleet.close()
         finally:
-            tasks += gateway._background
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await gateway.fleet.close()
-    finally:
-        await gateway.recorder.stop()
-        if gateway.tracer is not None:
-            await asyncio.to_thread(gateway.tracer.close)
+            await gateway.recorder.stop()
+            if gateway.tracer is not None:
+                await asyncio.to_thread(gateway.tracer.close)
 
 
 def _interrupt_leftovers(database: Database) -> None:
     if not database.is_sqlite:
-        return  # other gateways may be answering; theirs are not ours to end
+        return  # other gateways may be answering: `present` looks who does not
     with writer_lock(_lock_path(database, "writer")), database.write() as session:
         left = interrupt_started(session)
     if left:
