@@ -24,7 +24,7 @@ from starlette.types import Receive, Send
 
 from feedback.answers import MessagesHash
 from feedback.errors import AppError, NotReady
-from feedback.recording import EndedAnswer, StartedAnswer
+from feedback.recording import GATEWAY_STOPPED, EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
 from server.engines.base import EngineReply, EngineUnreachable
 from server.engines.fleet import Fleet, Member
@@ -55,6 +55,7 @@ from server.tracing import CLIENT_LEFT, Trace
 logger = logging.getLogger(__name__)
 
 LARGEST_REPLY = 64 * 1024 * 1024
+SHUTTING_DOWN = "shutting_down"  #: an error's code
 WATCH_AFTER_SECONDS = 0.1  #: a client that leaves is noticed from then on
 
 ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
@@ -175,6 +176,7 @@ class Relay:
         self._forget()
         self._recorded = False
         self._client_left = False
+        self._why = CLIENT_LEFT  #: the answer is interrupted, if it is
         self._engine_id: str | None = exchange.started.engine
 
     async def answer(self, receive: Receive, reply: Reply) -> None:
@@ -190,6 +192,7 @@ class Relay:
             await self._answer(reply)
         except asyncio.CancelledError:
             if not self._client_left:
+                await self._stop(reply)
                 raise
             task.uncancel()
         except OSError:
@@ -199,10 +202,10 @@ class Relay:
             watch.end()
             if not self._recorded:
                 self._recorded = True
-                self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, CLIENT_LEFT))
+                self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, self._why))
                 self._count_end(AnswerStatus.INTERRUPTED)
                 if self._trace is not None:
-                    self._trace.failed(CLIENT_LEFT)
+                    self._trace.failed(self._why)
             if self._trace is not None:
                 self._trace.answered(
                     usage=self._heard.usage or {},
@@ -220,6 +223,18 @@ class Relay:
 
     def _leave(self) -> None:
         self._client_left = True
+
+    async def _stop(self, client: Reply) -> None:
+        """The gateway ends, and has waited for this answer for as long as it may."""
+        self._why = GATEWAY_STOPPED
+        error = NotReady(
+            "the gateway is shutting down; try again", code=SHUTTING_DOWN, retry_after_seconds=1
+        )
+        with contextlib.suppress(OSError):
+            if not client.begun:
+                await client.fail(error)
+            elif self._exchange.stream:
+                await client.send(event_of(error))
 
     def _used_tokens(self) -> int:
         """Prompt and completion, for the key's limit. A stream that broke has no count of the

@@ -29,7 +29,7 @@ from feedback.tables import AnswerKind, AnswerStatus, Arm
 from server.auth import Caller, KeyView, Scope, check_scope
 from server.gateway import Gateway
 from server.limits import Admission
-from server.proxy import Exchange, Relay, Reply
+from server.proxy import SHUTTING_DOWN, Exchange, Relay, Reply
 from server.recorder import NotRecorded, NotSent
 from server.request_ids import identify
 from server.routing import ReleaseView, Route, route, unknown_model
@@ -117,7 +117,7 @@ class Completions:
             if gateway.stopping:
                 raise NotReady(
                     "the gateway is shutting down; try again",
-                    code="shutting_down",
+                    code=SHUTTING_DOWN,
                     retry_after_seconds=1,
                 )
             raw = await _read(receive, gateway.settings.gateway.max_body_bytes)

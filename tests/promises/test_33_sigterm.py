@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,21 +18,30 @@ from server.settings import ModelSettings, Settings
 from server.upgrade import upgrade
 from tests.promises.processes import build_model, engine_process, gateway_process
 from tests.promises.scale import scaled
+from tuner.base_models import BaseModel
 
 pytestmark = pytest.mark.promises
 
 STREAMS = 8
 
 
-def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(tmp_path: Path) -> None:
-    turns = scaled(40)
-    base = build_model(tmp_path / "tiny")
-    settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
+def prepare(folder: Path) -> tuple[BaseModel, Settings, str]:
+    """A model, a database, and a key that may chat."""
+    base = build_model(folder / "tiny")
+    settings = Settings(data=folder / "data", model=ModelSettings(path=str(base.path)))
     settings.data.mkdir()
     database = Database(settings.database_url)
     upgrade(settings, database, base, url="http://127.0.0.1")
     with database.write() as session:
         _, key = create_key(session, user="anna", scopes=["chat"])
+    database.dispose()
+    return base, settings, key
+
+
+def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(tmp_path: Path) -> None:
+    turns = scaled(40)
+    base, settings, key = prepare(tmp_path)
+    database = Database(settings.database_url)
     log = tmp_path / "gateway.log"
     with engine_process() as engine, ThreadPoolExecutor(STREAMS + 1) as pool:
         httpx.post(f"{engine}/fake/faults", json={"token_seconds": 0.05}, trust_env=False)
@@ -53,6 +63,45 @@ def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(tmp_path: Path
     database.dispose()
     assert rows == {AnswerStatus.COMPLETE: STREAMS * turns}
     print(f"33: {turns} SIGTERMs, {STREAMS * turns} streams ended whole")
+
+
+def test_what_takes_longer_than_the_drain_is_ended_with_a_word(tmp_path: Path) -> None:
+    base, settings, key = prepare(tmp_path)
+    begun = threading.Barrier(3)
+    with engine_process() as engine, ThreadPoolExecutor(2) as pool:
+        httpx.post(
+            f"{engine}/fake/faults", json={"token_seconds": 0.05, "endless": True}, trust_env=False
+        )
+        with gateway_process(
+            settings.data,
+            base.path,
+            engine,
+            tmp_path / "gateway.log",
+            BURNISH_GATEWAY__DRAIN_TIMEOUT_SECONDS="1",
+        ) as gateway:
+            stream = pool.submit(_last_line, gateway.url, key, begun)
+            plain = pool.submit(_plain_reply, gateway.url, key, begun)
+            begun.wait(30)
+            while httpx.get(f"{engine}/fake/state", trust_env=False).json()["running"] < 2:
+                pass  # another process has no event to wait for
+            assert gateway.terminate() == 0
+            event, reply = stream.result(30), plain.result(30)
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
+    database = Database(settings.database_url)
+    with database.read() as session:
+        ends = session.execute(select(Answer.status, Answer.error_code)).all()
+    database.dispose()
+    assert ends == [(AnswerStatus.INTERRUPTED, "gateway_stopped")] * 2
+
+
+def _plain_reply(url: str, key: str, begun: threading.Barrier) -> httpx.Response:
+    body = {"model": "assistant", "messages": [{"role": "user", "content": "Tell me a story."}]}
+    headers = {"authorization": f"Bearer {key}"}
+    begun.wait(30)
+    return httpx.post(
+        f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30, trust_env=False
+    )
 
 
 def _last_line(url: str, key: str, begun: threading.Barrier) -> str:
