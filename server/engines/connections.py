@@ -73,7 +73,9 @@ class Connections:
                 _, made = await loop.create_connection(
                     _Connection, self._host, self._port, ssl=self._ssl
                 )
-        except (OSError, TimeoutError) as error:
+        except TimeoutError as error:
+            raise self.unreachable(f"no connection within {CONNECT_SECONDS:g} s") from error
+        except OSError as error:  # of TLS too
             raise self.unreachable(error) from error
         return made
 

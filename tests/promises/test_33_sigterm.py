@@ -92,7 +92,7 @@ def test_what_takes_longer_than_the_drain_is_ended_with_a_word(tmp_path: Path) -
     with database.read() as session:
         ends = session.execute(select(Answer.status, Answer.error_code)).all()
     database.dispose()
-    assert ends == [(AnswerStatus.INTERRUPTED, "gateway_stopped")] * 2
+    assert ends == [(AnswerStatus.INTERRUPTED, "shutting_down")] * 2
 
 
 def _plain_reply(url: str, key: str, begun: threading.Barrier) -> httpx.Response:

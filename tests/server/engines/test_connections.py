@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,11 +48,13 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(serve: Serve, path: str = "") -> AsyncIterator[tuple[Peer, Connections]]:
+async def peer(
+    serve: Serve, path: str = "", *, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[tuple[Peer, Connections]]:
     server_side = Peer(serve)
-    server = await asyncio.start_server(server_side.meet, "127.0.0.1", 0)
+    server = await asyncio.start_server(server_side.meet, "127.0.0.1", 0, ssl=tls)
     port = server.sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}{path}"
+    url = f"{'http' if tls is None else 'https'}://{host}:{port}{path}"
     pool = Connections("engine-1", url, {"Authorization": "Bearer k"})
     try:
         yield server_side, pool
@@ -250,3 +256,182 @@ async def test_what_is_not_read_is_not_taken_from_the_engine() -> None:
             async with asyncio.timeout(10):
                 rest = [len(piece) async for piece in reply.body]
             assert len(piece) + sum(rest) == 100_000_000
+
+
+# Over TLS: asyncio's and uvloop's are two implementations, and the gateway runs on the second.
+
+ON_BOTH_LOOPS = pytest.mark.parametrize(
+    "anyio_backend", ["asyncio", ("asyncio", {"use_uvloop": True})], ids=["asyncio", "uvloop"]
+)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 that signs itself, with its key in the same file."""
+    command = shutil.which("openssl")
+    if command is None:
+        pytest.skip("the command `openssl`, which makes the certificate, is not there")
+    folder = tmp_path_factory.mktemp("tls")
+    key, made = folder / "key.pem", folder / "certificate.pem"
+    options = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    options += ["-subj", "/CN=engine", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        [command, "req", "-x509", *options, "-keyout", key, "-out", made],
+        check=True,
+        capture_output=True,
+    )
+    with made.open("a") as file:
+        file.write(key.read_text())
+    return made
+
+
+@pytest.fixture
+def tls(certificate: Path) -> ssl.SSLContext:
+    """The server's side."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+@pytest.fixture
+def trusted(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
+
+@ON_BOTH_LOOPS
+@pytest.mark.usefixtures("trusted")
+async def test_a_connection_over_tls_is_used_again(tls: ssl.SSLContext) -> None:
+    async with peer(says(HELLO), "/engine", tls=tls) as (server_side, pool):
+        for _ in range(3):
+            reply, body = await post(pool, b'{"a": 1}')
+            assert (reply.status, reply.headers["x-said"], body) == (200, "hello", b"hello")
+        assert server_side.connections == 1
+        head, _, sent = server_side.requests[-1].partition(b"\r\n\r\n")
+        assert head.startswith(b"POST /engine/v1/x HTTP/1.1\r\nHost: 127.0.0.1:")
+        assert sent == b'{"a": 1}'
+
+
+@ON_BOTH_LOOPS
+@pytest.mark.usefixtures("trusted")
+async def test_a_stream_over_tls_comes_in_pieces_and_may_be_left(tls: ssl.SSLContext) -> None:
+    go_on = asyncio.Event()
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
+        await go_on.wait()
+        writer.write(b"6\r\nsecond\r\n0\r\n\r\n")
+
+    async with peer(serve, tls=tls) as (server_side, pool), asyncio.timeout(10):
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=5)
+        async with asked as reply:
+            assert await anext(reply.body) == b"first"
+            go_on.set()
+            assert [piece async for piece in reply.body] == [b"second"]
+        go_on.clear()
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=5)
+        async with asked as reply:
+            assert await anext(reply.body) == b"first"
+        assert not server_side.ended.is_set()
+        go_on.set()
+        await server_side.ended.wait()
+        assert server_side.connections == 1
+
+
+@ON_BOTH_LOOPS
+@pytest.mark.usefixtures("trusted")
+async def test_what_is_not_read_over_tls_is_not_taken_from_the_engine(tls: ssl.SSLContext) -> None:
+    sent = 0
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 50000000\r\n\r\n")
+        for _ in range(500):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+            sent += 100_000
+
+    async with peer(serve, tls=tls) as (server_side, pool), asyncio.timeout(30):
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=0.3)
+        async with asked as reply:
+            await asyncio.sleep(0.6)  # longer than the engine may be silent: it is not, we are
+            piece = await anext(reply.body)
+            assert len(piece) < MOST_BUFFERED_BYTES + 512 * 1024
+            assert sent < 20_000_000  # what the kernel's buffers hold
+            rest = [len(piece) async for piece in reply.body]
+            assert len(piece) + sum(rest) == 50_000_000
+        assert server_side.connections == 1
+
+
+@ON_BOTH_LOOPS
+@pytest.mark.usefixtures("trusted")
+async def test_a_connection_over_tls_that_ends_too_soon_is_unreachable(
+    tls: ssl.SSLContext,
+) -> None:
+    for said in (b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"):
+
+        async def serve(
+            _reader: asyncio.StreamReader, writer: asyncio.StreamWriter, said: bytes = said
+        ) -> None:
+            writer.write(said)
+            writer.close()
+
+        async with peer(serve, tls=tls) as (_, pool):
+            with pytest.raises(EngineUnreachable, match="the connection ended"):
+                await post(pool)
+
+
+@ON_BOTH_LOOPS
+async def test_a_certificate_that_is_not_trusted_is_said_to_be(tls: ssl.SSLContext) -> None:
+    async with peer(says(HELLO), tls=tls) as (server_side, pool):
+        # OpenSSL 1.1 writes it without the hyphen.
+        with pytest.raises(EngineUnreachable, match=r"verify failed: self.signed certificate"):
+            await post(pool)
+        assert server_side.requests == []
+
+
+@ON_BOTH_LOOPS
+@pytest.mark.usefixtures("trusted")
+async def test_a_certificate_for_another_host_is_said_to_be(tls: ssl.SSLContext) -> None:
+    async with peer(says(HELLO), tls=tls, host="localhost") as (server_side, pool):
+        with pytest.raises(EngineUnreachable, match="not valid for 'localhost'"):
+            await post(pool)
+        assert server_side.requests == []
+
+
+async def answer_in_plain_text(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(1)
+    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    writer.close()
+
+
+async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
+
+
+@ON_BOTH_LOOPS
+@pytest.mark.parametrize(
+    ("meet", "why"),
+    [(answer_in_plain_text, "SSL"), (say_nothing, "no connection within 0.2 s")],
+    ids=["answers in plain text", "says nothing"],
+)
+async def test_a_peer_that_does_not_speak_tls_is_unreachable(
+    meet: Serve, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CONNECT_SECONDS", 0.2)
+    ended = asyncio.Event()
+
+    async def meet_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await meet(reader, writer)
+        ended.set()
+
+    server = await asyncio.start_server(meet_one, "127.0.0.1", 0)
+    try:
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(EngineUnreachable, match=f"engine 'engine-1': .*{why}"):
+            await post(Connections("engine-1", url, {}))
+        async with asyncio.timeout(5):
+            await ended.wait()  # nothing of it is left open
+    finally:
+        server.close()
+        await server.wait_closed()
