@@ -2,8 +2,8 @@
 
 `python -P benchmarks/gateway.py [--quick] [--peers .peers] [--soak 200000]`
 
-All of them stand before the same fast fake engine on this machine, one process each, and are asked
-by the same load. They take turns in rounds, so that a machine that is slow for a while is slow for
+All of them stand before the same fast fake engine on this machine and are asked by the same load: one
+process each, but for Burnish's writer (and PostgreSQL), and the router's threads. They take turns in rounds, so that a machine that is slow for a while is slow for
 all; figures are medians over rounds, and ratios are made within a round. Plain answers come whole;
 streamed ones are 32 chunks that the engine sends one by one, as fast as it can. The latency runs
 ask 50 times a second in an open loop. At the end Burnish's databases are counted: each answer whose
@@ -81,7 +81,8 @@ class Cell:
 
     def __str__(self) -> str:
         kind = "streamed" if self.stream else "plain"
-        return f"{kind}, {self.rate:g}/s" if self.rate else f"{kind}, {self.clients} clients"
+        clients = "1 client" if self.clients == 1 else f"{self.clients} clients"
+        return f"{kind}, {self.rate:g}/s" if self.rate else f"{kind}, {clients}"
 
 
 # Processes
@@ -269,8 +270,7 @@ def passthrough(engine: str, work: Path) -> Iterator[System]:
 class Bench:
     """The systems that run, and what was measured: per cell and system one value a round."""
 
-    def __init__(self, engine: str, systems: list[System], seconds: float) -> None:
-        self.engine = engine
+    def __init__(self, systems: list[System], seconds: float) -> None:
         self.systems = systems
         self.seconds = seconds
         self.found: dict[Cell, dict[str, list[Figures]]] = {}
@@ -506,7 +506,7 @@ def main() -> None:
                 systems.append(stack.enter_context(make()))
             except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
                 print(f"left out: {name}: {error}", file=sys.stderr)
-        bench = Bench(engine, systems, seconds)
+        bench = Bench(systems, seconds)
         for system in systems:  # connections, caches, first imports
             for stream in kinds:
                 bench.measure(Cell(stream, 4), system, 0.5)
