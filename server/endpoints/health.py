@@ -77,4 +77,6 @@ def _why_not(gateway: Gateway) -> tuple[Literal["loading", "failed", "stopping"]
         )
     if failed:
         return "failed", gateway.fleet.explain_not_ready()
+    if gateway.settings.engine.urls and members:
+        return "loading", gateway.fleet.explain_not_ready()
     return "loading", "the engine is starting; the first start takes about a minute"

@@ -60,8 +60,8 @@ class Engine(Protocol):
 
     address: EngineAddress
 
-    async def is_healthy(self) -> bool:
-        """True when the server answers its health check; never raises."""
+    async def find_fault(self) -> str | None:
+        """Why the server does not answer its health check; None when it does. Never raises."""
 
     async def boot_id(self) -> str:
         """Changes whenever the server's process does, and with it everything that was loaded."""

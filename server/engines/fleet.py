@@ -453,9 +453,16 @@ class Fleet:
             self._fail(member, f"{type(error).__name__}: {error}")
 
     async def _follow_member(self, member: Member) -> None:
-        if not await member.engine.is_healthy():
+        fault = await member.engine.find_fault()
+        if fault is not None:
             if member.status is EngineStatus.READY:
-                self._fail(member, "it does not answer its health check")
+                self._fail(member, f"it does not answer its health check: {fault}")
+            elif member.status is EngineStatus.LOADING and member.reason != fault:
+                logger.info(
+                    "Engine is not there yet",
+                    extra={"action": "engine_awaited", "engine": member.id, "reason": fault},
+                )
+                member.reason = fault
             return
         boot_id = await member.engine.boot_id()
         if boot_id != member.boot_id:

@@ -51,15 +51,24 @@ class VllmEngine:
             self._headers["Authorization"] = f"Bearer {address.api_key}"
         self._connections = Connections(address.id, address.url, self._headers)
 
-    async def is_healthy(self) -> bool:
-        """True when `/health` answers 200 within `HEALTH_SECONDS`; never raises."""
+    async def find_fault(self) -> str | None:
+        """None when `/health` answers 200 within `HEALTH_SECONDS`, else why not; never raises.
+
+        Callers read it: it names no address.
+        """
         try:
             async with self._open().get(
                 self._url("/health"), timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
             ) as response:
-                return response.status == 200
-        except _BROKEN:
-            return False
+                return None if response.status == 200 else f"/health answers {response.status}"
+        except TimeoutError:
+            return f"/health does not answer within {HEALTH_SECONDS:g} s"
+        except aiohttp.ClientConnectorCertificateError as error:
+            return f"its certificate is not trusted ({_verification(error.certificate_error)})"
+        except aiohttp.ClientConnectorError:
+            return "it does not accept connections"
+        except _BROKEN as error:
+            return f"its health check broke off ({type(error).__name__})"
 
     async def boot_id(self) -> str:
         """The start time of the server's process, which vLLM exports to 10 ms."""
@@ -227,6 +236,10 @@ def error_message(text: str) -> str:
         ):
             return message
     return text.strip()[:500]
+
+
+def _verification(error: Exception) -> str:
+    return str(getattr(error, "verify_message", None) or type(error).__name__)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def test_readiness_follows_the_engine_and_says_why_not(
     sqlite_gateway.reconcile()
     failed = client.get("/readyz")
     assert (failed.status_code, failed.json()["status"]) == (503, "failed")
-    assert "health check" in failed.json()["reason"]
+    assert "health check: /health answers 503" in failed.json()["reason"]
     assert failed.headers["retry-after"] == "5"
     state = {"children": {"engine": {"state": "backoff", "reason": "exit 1"}}}
     run_dir = sqlite_gateway.gateway.settings.run_dir

@@ -99,10 +99,10 @@ async def test_an_evicted_adapter_whose_files_are_gone_kills_the_engine(
         (gone / file.name).unlink()
     with pytest.raises(EngineRefused, match="EngineCore encountered an issue"):
         await client.touch("gone")
-    assert not await client.is_healthy()
+    assert await client.find_fault()
     boot_id = await client.boot_id()
     fake_engine.restart()
-    assert await client.is_healthy()
+    assert await client.find_fault() is None
     assert await client.boot_id() != boot_id
     assert await client.list_models() == {"tiny": "/models/tiny"}
 
@@ -172,7 +172,7 @@ async def test_an_engine_that_dies_breaks_the_connection(
     fake_engine.faults = faults
     with pytest.raises(EngineUnreachable):
         await ask(client, stream=True)
-    assert await client.is_healthy()
+    assert await client.find_fault() is None
 
 
 async def test_an_error_in_mid_stream_is_an_event(
@@ -276,7 +276,7 @@ async def test_it_ends_while_clients_wait_and_leaves_no_transport_open(faults: F
         head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
         silent.write(head.encode() + body)
         await asyncio.to_thread(fake.wait_until, lambda fake: fake.running == 2)
-        assert await client.is_healthy()  # an idle connection is open, too
+        assert await client.find_fault() is None  # an idle connection is open, too
     assert (fake.running, fake.aborted) == (0, 2)
     with pytest.raises(EngineUnreachable):
         await asking
@@ -293,7 +293,7 @@ async def test_as_a_process_it_is_steered_over_http_and_can_be_killed() -> None:
     client = VllmEngine(EngineAddress("child", f"http://127.0.0.1:{port}"))
     try:
         async with asyncio.timeout(20):
-            while not await client.is_healthy():
+            while await client.find_fault():
                 await asyncio.sleep(0.05)  # another process's start has no event to wait for
         assert await text_of(client) == fake_answer(BASE, MESSAGES, tokens=3)
         sent = json.dumps(asdict(Faults(error_status=503))).encode()
@@ -309,5 +309,5 @@ async def test_as_a_process_it_is_steered_over_http_and_can_be_killed() -> None:
         process.kill()
         assert process.wait() == -signal.SIGKILL
         await client.close()
-    assert not await client.is_healthy()
+    assert await client.find_fault()
     await client.close()

@@ -63,8 +63,8 @@ class SlotsEngine:
         self.slots = Slots(self.capacity, self.capacity, lambda path: path)
         self.boots = getattr(self, "boots", 0) + 1
 
-    async def is_healthy(self) -> bool:
-        return self.healthy
+    async def find_fault(self) -> str | None:
+        return None if self.healthy else "nothing listens"
 
     async def boot_id(self) -> str:
         if not self.healthy:
@@ -157,7 +157,7 @@ async def test_no_engine_and_one_that_is_not_ready_are_503() -> None:
     world.engines = [SlotsEngine()]
     world.engines[0].healthy = False
     await world.fleet.reconcile()
-    with pytest.raises(NotReady, match="engine-0 is loading"):
+    with pytest.raises(NotReady, match="engine-0 is loading: nothing listens"):
         world.fleet.choose("tiny")
     world.engines[0].healthy = True
     await world.fleet.reconcile()
