@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from feedback.db import Database, DatabaseUnfit, new_id
 from feedback.errors import AppError
-from feedback.people import find_or_create_person
+from feedback.people import find_or_create_person, find_person
 from feedback.recording import interrupt_started
 from server.auth import Caller, KeyView, check_scope, end_user_of
 from server.engines.base import EngineAddress
@@ -76,6 +76,10 @@ class Gateway:
         return found
 
     def _find_or_create_person(self, user: str, end_user: str) -> str:
+        with self.database.read() as session:  # a database that is locked is no hindrance
+            found = find_person(session, user, end_user)
+        if found is not None:
+            return found.id
         with self.database.write() as session:
             return find_or_create_person(session, user, end_user).id
 
