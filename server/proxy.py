@@ -24,7 +24,7 @@ from starlette.types import Receive, Send
 
 from feedback.answers import MessagesHash
 from feedback.errors import AppError, NotReady
-from feedback.recording import GATEWAY_STOPPED, EndedAnswer, StartedAnswer
+from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
 from server.engines.base import EngineReply, EngineUnreachable
 from server.engines.fleet import Fleet, Member
@@ -55,7 +55,7 @@ from server.tracing import CLIENT_LEFT, Trace
 logger = logging.getLogger(__name__)
 
 LARGEST_REPLY = 64 * 1024 * 1024
-SHUTTING_DOWN = "shutting_down"  #: an error's code
+SHUTTING_DOWN = "shutting_down"  #: the code of an error, and of an answer that it ended
 WATCH_AFTER_SECONDS = 0.1  #: a client that leaves is noticed from then on
 
 ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
@@ -143,6 +143,13 @@ class Reply:
         await self.send(body)
 
 
+def stopping() -> NotReady:
+    """What is said to whoever asks a gateway that ends, or is still waiting for its answer then."""
+    return NotReady(
+        "the gateway is shutting down; try again", code=SHUTTING_DOWN, retry_after_seconds=1
+    )
+
+
 class Relay:
     """The answer to one exchange.
 
@@ -176,7 +183,7 @@ class Relay:
         self._forget()
         self._recorded = False
         self._client_left = False
-        self._why = CLIENT_LEFT  #: the answer is interrupted, if it is
+        self._unsent: EndedAnswer | None = None  #: an end that is recorded and not yet sent
         self._engine_id: str | None = exchange.started.engine
 
     async def answer(self, receive: Receive, reply: Reply) -> None:
@@ -192,7 +199,10 @@ class Relay:
             await self._answer(reply)
         except asyncio.CancelledError:
             if not self._client_left:
-                await self._stop(reply)
+                self._interrupt(
+                    SHUTTING_DOWN
+                )  # first: a client that doesn't read holds up the rest
+                await self._say_that_it_stops(reply)
                 raise
             task.uncancel()
         except OSError:
@@ -200,12 +210,7 @@ class Relay:
         finally:
             timer.cancel()
             watch.end()
-            if not self._recorded:
-                self._recorded = True
-                self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, self._why))
-                self._count_end(AnswerStatus.INTERRUPTED)
-                if self._trace is not None:
-                    self._trace.failed(self._why)
+            self._interrupt(CLIENT_LEFT)
             if self._trace is not None:
                 self._trace.answered(
                     usage=self._heard.usage or {},
@@ -224,17 +229,24 @@ class Relay:
     def _leave(self) -> None:
         self._client_left = True
 
-    async def _stop(self, client: Reply) -> None:
+    def _interrupt(self, why: str) -> None:
+        """Nothing more is heard or sent: have that recorded, unless an end is."""
+        if not self._recorded:
+            self._recorded = True
+            self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, why))
+            self._count_end(AnswerStatus.INTERRUPTED)
+            if self._trace is not None:
+                self._trace.failed(why)
+        elif self._unsent is not None and why == SHUTTING_DOWN:
+            self._recorder.take_back(self._unsent)  # the client is told to try again
+
+    async def _say_that_it_stops(self, client: Reply) -> None:
         """The gateway ends, and has waited for this answer for as long as it may."""
-        self._why = GATEWAY_STOPPED
-        error = NotReady(
-            "the gateway is shutting down; try again", code=SHUTTING_DOWN, retry_after_seconds=1
-        )
         with contextlib.suppress(OSError):
             if not client.begun:
-                await client.fail(error)
+                await client.fail(stopping())
             elif self._exchange.stream:
-                await client.send(event_of(error))
+                await client.send(event_of(stopping()))
 
     def _used_tokens(self) -> int:
         """Prompt and completion, for the key's limit. A stream that broke has no count of the
@@ -367,6 +379,7 @@ class Relay:
             200, {"content-type": "application/json", "content-length": str(len(body))}
         )
         await client.send(body)
+        self._unsent = None
 
     # A stream
 
@@ -407,6 +420,7 @@ class Relay:
         if not client.begun:
             await client.start(200, _STREAM_HEADERS)
         await client.send(bytes(passed) + b"".join(held))
+        self._unsent = None
 
     def _hear(self, event: bytes) -> bytes:
         """Take one event into the record; what the client gets of it."""
@@ -457,6 +471,7 @@ class Relay:
         try:
             await self._recorder.record(ended, self._commit_timeout)
             status = ended.status
+            self._unsent = ended if status is AnswerStatus.COMPLETE else None
         except NotRecorded:
             self._figures.not_recorded.add()
             raise NotReady(

@@ -107,25 +107,25 @@ class Recorder:
         if self._restarting is not None:
             await asyncio.wait([self._restarting], timeout=STOP_SECONDS)
             self._restarting.cancel()
-        if self._link is None:
-            if self._owed:
-                logger.error(
-                    "Ends of answers are lost: there is no writer",
-                    extra={"action": "ends_lost", "rows": len(self._owed)},
-                )
-            return
-        link, self._link = self._link, None
-        self._there.clear()
-        link.finish()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await link.ended.wait()
-        except TimeoutError:
-            logger.error("The writer did not end", extra={"action": "writer_stuck"})
+        if self._link is not None:
+            link, self._link = self._link, None
+            self._there.clear()
+            link.finish()
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await link.ended.wait()
+            except TimeoutError:
+                logger.error("The writer did not end", extra={"action": "writer_stuck"})
+                if self.process is not None:
+                    self.process.kill()
             if self.process is not None:
-                self.process.kill()
-        if self.process is not None:
-            await asyncio.to_thread(self.process.wait)
+                await asyncio.to_thread(self.process.wait)
+        lost = len(self._owed) + sum(isinstance(s.row, EndedAnswer) for s in self._waiting.values())
+        if lost:
+            logger.error(
+                "Ends of answers may be lost: no writer has said that it wrote them",
+                extra={"action": "ends_lost", "rows": lost},
+            )
 
     @property
     def depth(self) -> int:
@@ -161,7 +161,7 @@ class Recorder:
         except BaseException as error:
             # It goes on waiting in `_waiting`: should the writer die, the next one gets it.
             if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
-                self._take_back(row)
+                self.take_back(row)
             if isinstance(error, TimeoutError):
                 raise NotRecorded(f"not committed within {timeout_seconds:g} s") from None
             raise
@@ -179,10 +179,12 @@ class Recorder:
         try:
             async with asyncio.timeout_at(deadline):
                 while self._link is None:
+                    if self._stopping:
+                        raise TimeoutError
                     await self._there.wait()
         except BaseException as error:
             if isinstance(row, EndedAnswer):
-                self._owe(_Sent(row, None))
+                self.record_soon(as_undelivered(row))  # there may be a writer by now
             if isinstance(error, TimeoutError):
                 raise NotSent("the writer is not there; it is being started") from None
             raise
@@ -208,7 +210,8 @@ class Recorder:
             self._before = (self._before[0], self._before[1] + 1)
             end.fail("too many ends of answers wait for a writer")
 
-    def _take_back(self, row: EndedAnswer) -> None:
+    def take_back(self, row: EndedAnswer) -> None:
+        """The end of a complete answer was not sent after all: its row is to say so."""
         if self._link is not None:
             self._link.send(UNDELIVERED, 0, row.id.encode())
 
@@ -315,7 +318,7 @@ class Recorder:
                 continue
             self._send(as_undelivered(owed.row), None)
             if owed.row.status is AnswerStatus.COMPLETE:
-                self._take_back(owed.row)
+                self.take_back(owed.row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -62,6 +62,7 @@ FRAME = struct.Struct(">BQI")  #: kind, number (0: nobody waits), bytes that fol
 SETUP, STARTED, ENDED, UNDELIVERED = range(4)
 
 Row = StartedAnswer | EndedAnswer
+AnyRow = TypeVar("AnyRow", bound=Row)
 started_json = TypeAdapter(StartedAnswer)
 ended_json = TypeAdapter(EndedAnswer)
 
@@ -306,7 +307,7 @@ class Writer:
             self._gateway.sendall(report_json.dump_json(report) + b"\n")
 
 
-def as_undelivered(row: Row) -> Row:
+def as_undelivered(row: AnyRow) -> AnyRow:
     """The row of an answer whose end the client was not sent after all."""
     if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
         return replace(row, status=AnswerStatus.INTERRUPTED, error_code=NOT_DELIVERED)

@@ -6,6 +6,7 @@ The hot path: parsed once, checked and routed from memory, recorded as started, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from feedback.tables import AnswerKind, AnswerStatus, Arm
 from server.auth import Caller, KeyView, Scope, check_scope
 from server.gateway import Gateway
 from server.limits import Admission
-from server.proxy import SHUTTING_DOWN, Exchange, Relay, Reply
+from server.proxy import Exchange, Relay, Reply, stopping
 from server.recorder import NotRecorded, NotSent
 from server.request_ids import identify
 from server.routing import ReleaseView, Route, route, unknown_model
@@ -115,11 +116,7 @@ class Completions:
                 admission = account.admit(with_tokens=True)
             check_scope(key, "POST", path)
             if gateway.stopping:
-                raise NotReady(
-                    "the gateway is shutting down; try again",
-                    code=SHUTTING_DOWN,
-                    retry_after_seconds=1,
-                )
+                raise stopping()
             raw = await _read(receive, gateway.settings.gateway.max_body_bytes)
             caller, exchange = await _prepare(gateway, key, headers, path, raw, number, reply)
             if trace is not None:
@@ -137,6 +134,11 @@ class Completions:
                 trace=trace,
             )
             await relay.answer(receive, reply)
+        except asyncio.CancelledError:
+            if not reply.begun:  # the gateway ends, and has waited long enough
+                with contextlib.suppress(OSError):
+                    await reply.fail(stopping())
+            raise
         except Exception as error:
             if trace is not None:
                 trace.failed(error.code if isinstance(error, AppError) else "internal_error")

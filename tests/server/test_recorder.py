@@ -242,7 +242,7 @@ async def test_an_end_that_was_committed_and_not_sent_is_taken_back(
     await recorder.record(ended(row), SECONDS)
     if sent_again:
         recorder.record_soon(ended(row))  # as to the writer after one that died
-    recorder._take_back(ended(row))  # what a wait does that ends in the very moment of the commit
+    recorder.take_back(ended(row))  # what a wait does that ends in the very moment of the commit
     await until(lambda: statuses(database) == {row.id: "interrupted"})
 
 
@@ -321,6 +321,35 @@ async def test_an_end_that_nobody_waits_for_any_more_is_owed_too_when_the_writer
 
 
 @ON_SQLITE
+async def test_an_end_that_stops_waiting_just_when_the_next_writer_is_there_is_written(
+    database: Database, recorder: Recorder, person: str
+) -> None:
+    row = started(person)
+    await recorder.record(row, SECONDS)
+    link, recorder._link = recorder._link, None
+    recorder._there.clear()
+    waiting = asyncio.ensure_future(recorder.record(ended(row), SECONDS))
+    await asyncio.sleep(0)  # it waits
+    assert link is not None
+    recorder._begin(link)
+    waiting.cancel()
+    await until(lambda: statuses(database) == {row.id: "interrupted"})
+
+
+async def test_after_its_end_a_recorder_refuses_at_once_and_says_what_it_lost(
+    recorder: Recorder, person: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = started(person)
+    await recorder.record(row, SECONDS)
+    await recorder.stop()
+    assert "lost" not in caplog.text
+    for late in (started(person), ended(row)):
+        with pytest.raises(NotRecorded, match="is not there"):
+            await recorder.record(late, SECONDS)
+    await recorder.stop()
+    assert "Ends of answers may be lost" in caplog.text
+
+
 async def test_a_writer_that_is_far_behind_gets_no_new_answers(
     database: Database, person: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,181 @@
+"""An answer whose gateway ends while it is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from feedback.answers import MessagesHash
+from feedback.db import Database, new_id
+from feedback.people import find_or_create_person
+from feedback.recording import StartedAnswer
+from feedback.tables import Answer, AnswerStatus, AnswerText
+from server.engines.base import EngineReply
+from server.engines.fleet import Fleet
+from server.heard import DONE
+from server.metrics import Figures
+from server.proxy import Exchange, Relay, Reply
+from server.recorder import Recorder
+
+pytestmark = pytest.mark.anyio
+
+SECONDS = 10.0
+
+
+def event(text: str, finish: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    return b"data: %b\n\n" % json.dumps({"model": "tiny", "choices": [choice]}).encode()
+
+
+class OneEngine:
+    """A fleet of one engine that says `events`, and then `ends` or is silent."""
+
+    integrity_errors = 0
+
+    def __init__(self, *events: bytes, ends: bool) -> None:
+        self._events = events
+        self._ends = ends
+        self.is_silent = asyncio.Event()
+
+    def choose(self, _engine_name: str) -> Any:
+        return SimpleNamespace(id="engine-0", engine=self)
+
+    @contextmanager
+    def run(self, _member: Any, _engine_name: str) -> Iterator[None]:
+        yield
+
+    @asynccontextmanager
+    async def post(self, *_arguments: Any, **_named: Any) -> AsyncIterator[EngineReply]:
+        async def body() -> AsyncIterator[bytes]:
+            for one in self._events:
+                yield one
+            self.is_silent.set()
+            if not self._ends:
+                await asyncio.Event().wait()
+
+        yield EngineReply(200, {}, body())
+
+
+class Client:
+    """Takes `most` messages of a reply, and then nothing more until it `reads` again."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.received: list[Any] = []
+        self.is_held_up = asyncio.Event()
+        self.reads = asyncio.Event()
+
+    async def send(self, message: Any) -> None:
+        if len(self.received) >= self._most:
+            self.is_held_up.set()
+            await self.reads.wait()
+        self.received.append(message)
+
+
+async def never() -> Any:
+    await asyncio.Event().wait()
+
+
+@pytest.fixture
+async def recorder(sqlite_database: Database, tmp_path: Path) -> AsyncIterator[Recorder]:
+    recorder = Recorder(sqlite_database, tmp_path / "letters.jsonl")
+    await recorder.start()
+    yield recorder
+    await recorder.stop()
+
+
+async def begin(
+    database: Database, recorder: Recorder, engine: OneEngine, client: Client
+) -> tuple[asyncio.Task[None], str]:
+    """A stream that is under way, and its id."""
+    with database.write() as session:
+        person = find_or_create_person(session, "anna").id
+    messages = [{"role": "user", "content": "hi"}]
+    started = StartedAnswer(
+        id=new_id("chatcmpl-"),
+        person_id=person,
+        key_id=None,
+        deployment="assistant",
+        release="assistant@0",
+        requested_model="assistant",
+        arm="production",
+        propensity=1.0,
+        generation=0,
+        engine=None,
+        gateway="gw_1",
+        kind="chat",
+        messages=messages,
+        prefix_hash=new_id(""),
+        sampling={},
+    )
+    await recorder.record(started, SECONDS)
+    path, figures = "/v1/chat/completions", Figures()
+    relay = Relay(
+        Exchange(
+            path=path,
+            body=b"{}",
+            request_id="1",
+            engine_name="tiny",
+            public_name="assistant@0",
+            stream=True,
+            include_usage=False,
+            n=1,
+            started=started,
+            said=MessagesHash(person, messages),
+        ),
+        fleet=cast(Fleet, engine),
+        recorder=recorder,
+        commit_timeout=SECONDS,
+        engine_timeout=SECONDS,
+        figures=figures,
+        began=0.0,
+    )
+    reply = Reply(client.send, path, {}, figures)
+    return asyncio.ensure_future(relay.answer(never, reply)), started.id
+
+
+async def test_an_answer_that_a_shutdown_cuts_off_is_recorded_whether_its_client_reads_or_not(
+    sqlite_database: Database, recorder: Recorder
+) -> None:
+    engine, client = OneEngine(event("Wa"), event("ter"), ends=False), Client(most=3)
+    task, answer_id = await begin(sqlite_database, recorder, engine, client)
+    await engine.is_silent.wait()
+    task.cancel()
+    await client.is_held_up.wait()
+    await recorder.stop()
+    with sqlite_database.read() as session:
+        answer = session.get_one(Answer, answer_id)
+        assert (answer.status, answer.error_code) == (AnswerStatus.INTERRUPTED, "shutting_down")
+        [choice] = session.get_one(AnswerText, answer_id).choices or []
+    assert choice["message"]["content"] == "Water"
+    client.reads.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert b'"code":"shutting_down"' in client.received[-1]["body"].replace(b" ", b"")
+
+
+async def test_an_end_that_a_shutdown_kept_from_its_client_is_taken_back(
+    sqlite_database: Database, recorder: Recorder
+) -> None:
+    events = event("Wa"), event("ter", "stop"), DONE
+    engine, client = OneEngine(*events, ends=True), Client(most=2)
+    task, answer_id = await begin(sqlite_database, recorder, engine, client)
+    await client.is_held_up.wait()
+    with sqlite_database.read() as session:
+        assert session.get_one(Answer, answer_id).status == AnswerStatus.COMPLETE
+    task.cancel()
+    client.reads.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert b'"code":"shutting_down"' in client.received[-1]["body"].replace(b" ", b"")
+    await recorder.stop()
+    with sqlite_database.read() as session:
+        answer = session.get_one(Answer, answer_id)
+        assert (answer.status, answer.error_code) == (AnswerStatus.INTERRUPTED, "not_delivered")
