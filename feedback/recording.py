@@ -229,7 +229,8 @@ def record_undelivered(driver: Driver, answer_ids: Iterable[str]) -> None:
     """Answers recorded as complete whose end was not sent after all: interrupted."""
     driver.run(
         "UPDATE answers SET status = ?, error_code = ?, "
-        "revision = CASE WHEN revision > 0 THEN revision + 1 ELSE 0 END WHERE id = ? AND status = ?",
+        "revision = CASE WHEN revision > 0 THEN revision + 1 ELSE 0 END "
+        "WHERE id = ? AND status = ?",
         [
             (AnswerStatus.INTERRUPTED.value, NOT_DELIVERED, answer_id, AnswerStatus.COMPLETE.value)
             for answer_id in answer_ids
