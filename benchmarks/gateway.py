@@ -5,11 +5,12 @@
 All of them stand before the same fast fake engine on this machine and are asked by the same load:
 one process each, but for Burnish's writer (and PostgreSQL), and the router's threads. They take
 turns in rounds, so that a machine that is slow for a while is slow for all; figures are medians
-over rounds, and ratios are made within a round. Plain answers come whole; streamed ones are 32 chunks
-that the engine writes one by one, as fast as it can, so that who is behind reads several at once.
-The latency runs ask 50 times a second in an open loop. At the end Burnish's databases are counted:
-each answer whose end a client saw has one complete row. Peers live in environments of their own
-below `--peers`, made there when they are missing, and left out with the reason when that fails.
+over rounds, and ratios are made within a round. Plain answers come whole; streamed ones are 32
+chunks that the engine writes one by one, as fast as it can, so that who is behind reads several at
+once. The latency runs ask 50 times a second in an open loop. At the end Burnish's databases are
+counted: each answer whose end a client saw has one complete row. Peers live in environments of
+their own below `--peers`, made there when they are missing, and left out with the reason when that
+fails.
 """
 
 from __future__ import annotations
