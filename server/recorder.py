@@ -214,6 +214,8 @@ class Recorder:
         """The end of a complete answer was not sent after all: its row is to say so."""
         if self._link is not None:
             self._link.send(UNDELIVERED, 0, row.id.encode())
+        else:
+            self._owe(_Sent(row, None))  # the next writer is told
 
     # The writer's life
 

@@ -336,6 +336,21 @@ async def test_an_end_that_stops_waiting_just_when_the_next_writer_is_there_is_w
     await until(lambda: statuses(database) == {row.id: "interrupted"})
 
 
+@ON_SQLITE
+async def test_an_end_that_is_taken_back_while_there_is_no_writer_is_taken_back_by_the_next(
+    database: Database, person: str, tmp_path: Path
+) -> None:
+    async with with_process(database, tmp_path) as recorder:
+        row = started(person)
+        await recorder.record(row, SECONDS)
+        await recorder.record(ended(row), SECONDS)
+        assert recorder.process is not None
+        os.kill(recorder.process.pid, signal.SIGKILL)
+        await until(lambda: recorder._link is None)
+        recorder.take_back(ended(row))
+        await until(lambda: statuses(database) == {row.id: "interrupted"})
+
+
 async def test_after_its_end_a_recorder_refuses_at_once_and_says_what_it_lost(
     recorder: Recorder, person: str, caplog: pytest.LogCaptureFixture
 ) -> None:
