@@ -199,9 +199,8 @@ class Relay:
             await self._answer(reply)
         except asyncio.CancelledError:
             if not self._client_left:
-                self._interrupt(
-                    SHUTTING_DOWN
-                )  # first: a client that doesn't read holds up the rest
+                # Recorded first: a client that doesn't read holds up what is said to it.
+                self._interrupt(SHUTTING_DOWN)
                 await self._say_that_it_stops(reply)
                 raise
             task.uncancel()
