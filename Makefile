@@ -29,8 +29,9 @@ test: env-dev  ## all: fast, training, promises in small, clients, engine (real 
 test-fast: env-dev  ## the fast layer alone: no vLLM, no torch
 	$(FAST)
 
-promises: env-dev  ## every promise with its full number of repetitions (long)
-	BURNISH_PROMISES=full $(PYTEST) -s -m "promises"
+promises: env-dev  ## every promise in full (long): goes on where it was stopped; AGAIN=1, ONLY="1 31"
+	BURNISH_PROMISES=full $(PYTEST) -s -m "promises" \
+		$(if $(ONLY),--promises-only="$(ONLY)",$(if $(AGAIN),,--promises-go-on))
 
 lint: env-dev  ## ruff, mypy --strict, import directions
 	$(RUN)/ruff check .

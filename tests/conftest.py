@@ -1,3 +1,8 @@
 """Fixtures that several files share."""
 
-pytest_plugins = ["tests.databases", "tests.engine_fixtures", "tests.gateway_fixtures"]
+pytest_plugins = [
+    "tests.databases",
+    "tests.engine_fixtures",
+    "tests.gateway_fixtures",
+    "tests.promise_fixtures",
+]

@@ -17,6 +17,7 @@ from server.engines.fake import fake_answer
 from server.settings import ModelSettings, Settings
 from server.upgrade import upgrade
 from tests.gateway_fixtures import make_candidate
+from tests.promise_fixtures import Figures
 from tests.promises.processes import build_model, engine_process, gateway_process
 from tests.promises.scale import scaled
 from tests.promises.traffic import Traffic
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.promises
 
 def test_each_answer_whose_end_was_seen_has_one_complete_row_after_every_kill(
     tmp_path: Path,
+    figures: Figures,
 ) -> None:
     kills = max(20, scaled(200))
     base = build_model(tmp_path / "tiny")
@@ -71,4 +73,4 @@ def test_each_answer_whose_end_was_seen_has_one_complete_row_after_every_kill(
         assert heard.content == fake_answer(candidate.signature, heard.messages)
     assert AnswerStatus.STARTED not in {row.status for row in rows.values()}
     assert state["loads"] == 1  # the engine was adopted each time
-    print(f"1: {kills} kills, {len(traffic.answers)} answers seen, 0 lost")
+    figures(kills=kills, answers=len(traffic.answers), lost=0)

@@ -12,6 +12,7 @@ from sqlalchemy import select
 from feedback.tables import Answer, AnswerText
 from server.engines.fake import BASE, FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 from tests.promises.traffic import Traffic
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.promises
 
 
 def test_every_row_has_the_release_whose_signature_its_text_bears(
-    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, figures: Figures
 ) -> None:
     promotions, requests = scaled(50), scaled(5_000)
     gateway_engine.faults = Faults(token_seconds=0.0005)
@@ -43,4 +44,4 @@ def test_every_row_has_the_release_whose_signature_its_text_bears(
         made_by = "assistant@0" if not generation else candidates[(generation - 1) % 4].name
         assert release == made_by
     assert {generation for _, generation, _ in rows} == set(range(promotions + 1))
-    print(f"3: {len(rows)} requests over {promotions} promotions, 0 mismatches")
+    figures(requests=len(rows), promotions=promotions, mismatches=0)

@@ -13,6 +13,7 @@ from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
 from server.engines.fake import BASE, FakeEngine, Faults, fake_answer
 from tests.gateway_fixtures import MAX_LORAS, start_gateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 from tests.promises.traffic import Traffic
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.promises
 
 
 def test_requests_over_flips_between_two_gateways_and_three_engines(
-    postgres_database: Database, tmp_path: Path
+    postgres_database: Database, tmp_path: Path, figures: Figures
 ) -> None:
     flips, requests = scaled(50), scaled(10_000)
     with ExitStack() as stack:
@@ -65,4 +66,4 @@ def test_requests_over_flips_between_two_gateways_and_three_engines(
         row = rows[heard.id]
         assert (row.status, row.release) == (AnswerStatus.COMPLETE, heard.release)
     assert len({heard.release for heard in traffic.answers}) > 1
-    print(f"3, 4: {len(rows)} requests over {flips} flips, slowest {max(flipped):.2f} s, 0 errors")
+    figures(requests=len(rows), flips=flips, slowest_seconds=round(max(flipped), 2), errors=0)

@@ -8,6 +8,7 @@ import pytest
 
 from server.engines.fake import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 from tests.promises.traffic import Traffic
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.promises
 
 
 def test_rollback_works_with_loading_switched_off_and_under_load(
-    running_gateway: RunningGateway, gateway_engine: FakeEngine
+    running_gateway: RunningGateway, gateway_engine: FakeEngine, figures: Figures
 ) -> None:
     first, second = running_gateway.candidate(1), running_gateway.candidate(2)
     running_gateway.promote(first.name)
@@ -34,4 +35,4 @@ def test_rollback_works_with_loading_switched_off_and_under_load(
     assert {heard.release for heard in traffic.answers} == {first.name, second.name}
     assert gateway_engine.slots.loads == loads
     assert max(seconds) <= 1.0
-    print(f"5: {len(seconds)} rollbacks, slowest {max(seconds) * 1000:.0f} ms, 0 loads")
+    figures(rollbacks=len(seconds), slowest_ms=round(max(seconds) * 1000), loads=0)

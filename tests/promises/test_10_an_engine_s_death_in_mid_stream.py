@@ -21,6 +21,7 @@ from feedback.tables import Answer, AnswerStatus, AnswerText
 from server.engines.base import EngineAddress
 from server.engines.process import free_port
 from tests.gateway_fixtures import RunningGateway, start_gateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 
 pytestmark = pytest.mark.promises
@@ -61,7 +62,7 @@ def stream(client: httpx.Client, first: threading.Event, lines: list[str]) -> No
 
 
 def test_a_killed_engine_ends_its_streams_within_two_seconds_and_returns_only_proven(
-    sqlite_database: Database, tmp_path: Path
+    sqlite_database: Database, tmp_path: Path, figures: Figures
 ) -> None:
     engine = Engine()
     engine.start(token_seconds=0.02)
@@ -90,7 +91,7 @@ def test_a_killed_engine_ends_its_streams_within_two_seconds_and_returns_only_pr
                 ]
     finally:
         engine.kill()
-    print(f"10: {scaled(40)} kills, slowest end {slowest:.2f} s")
+    figures(kills=scaled(40), slowest_end_seconds=round(slowest, 2))
 
 
 def kill_in_mid_stream(gateway: RunningGateway, engine: Engine) -> float:

@@ -10,6 +10,7 @@ import pytest
 from feedback.db import Database
 from server.engines.fake import FakeEngine, Faults
 from tests.gateway_fixtures import MAX_LORAS, start_gateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 
 pytestmark = pytest.mark.promises
@@ -17,7 +18,7 @@ CHAT = "/v1/chat/completions"
 
 
 def test_each_request_is_asked_once_more_at_most_under_the_same_release(
-    sqlite_database: Database, tmp_path: Path
+    sqlite_database: Database, tmp_path: Path, figures: Figures
 ) -> None:
     before = [Faults(hangs_up=True), Faults(error_status=500), Faults(dies_after_tokens=0)]
     after = [Faults(dies_after_tokens=1), Faults(errs_after_tokens=1)]
@@ -58,4 +59,4 @@ def test_each_request_is_asked_once_more_at_most_under_the_same_release(
                 assert '"error"' in text.split("\n\n")[-2]
                 assert "[DONE]" not in text
                 assert asked == {"bad": 1}
-    print(f"11: {5 * scaled(40)} failures, retried where nothing had been said, never after")
+    figures(failures=5 * scaled(40), retried_after_the_first_token=0)

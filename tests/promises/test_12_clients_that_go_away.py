@@ -13,13 +13,14 @@ from sqlalchemy import func, select
 from feedback.tables import Answer, AnswerStatus
 from server.engines.fake import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 
 pytestmark = pytest.mark.promises
 
 
 def test_after_many_who_went_no_request_counts_as_running(
-    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, figures: Figures
 ) -> None:
     clients, chance = scaled(1_000), random.Random(0)
     key = sqlite_gateway.key("anna").encode()
@@ -62,4 +63,4 @@ def test_after_many_who_went_no_request_counts_as_running(
         # The row is written by the gateway's own thread; the database has no event.
         time.sleep(0.02)
     assert all(not member.running for member in sqlite_gateway.gateway.fleet.members.values())
-    print(f"12: {clients} clients went, slowest stop {slowest:.2f} s, 0 left running")
+    figures(clients=clients, slowest_stop_seconds=round(slowest, 2), left_running=0)

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
+from tests.promise_fixtures import Figures
+from tests.promises.scale import is_full
 from tests.tuner.training.runs import build_config, preference_rows, supervised_rows
 from tuner.adapters import content_hash
 from tuner.training.config import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-POINTS = 30 if os.environ.get("BURNISH_PROMISES") == "full" else 3
+POINTS = 30 if is_full() else 3
 KILLS_PER_RUN = 3
 
 Events = list[dict[str, Any]]
@@ -71,7 +73,7 @@ def run(config: Path, *, kill_after: tuple[int, float] | None = None) -> Events:
 
 @pytest.mark.promises
 def test_a_killed_tuner_resumes_to_the_byte_identical_adapter(
-    tmp_path: Path, tiny_model: Path
+    tmp_path: Path, tiny_model: Path, figures: Figures
 ) -> None:
     whole = run(write_config(tmp_path / "whole", tiny_model))
     assert whole[-1]["event"] == "finished"
@@ -97,5 +99,5 @@ def test_a_killed_tuner_resumes_to_the_byte_identical_adapter(
             resumed += [event["resumed_at_step"] for event in events if "resumed_at_step" in event]
         assert events[-1]["event"] == "finished"
         assert content_hash(Path(events[-1]["adapter"])) == expected
-    print(f"{killed} kills in {rounds} runs, resumed at steps {resumed}; all equal")
+    figures(kills=killed, runs=rounds, resumed_at_steps=str(resumed), different=0)
     assert resumed

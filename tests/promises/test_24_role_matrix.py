@@ -13,6 +13,7 @@ from server.app import create_app
 from server.auth import PUBLIC, ROUTES, TOKEN_ROUTES, Scope, check_routes
 from tests.everything import add_everything, call, list_rows
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway
+from tests.promise_fixtures import Figures
 
 pytestmark = pytest.mark.promises
 
@@ -31,7 +32,9 @@ def clients_by_scope(running: RunningGateway) -> dict[Scope, httpx.Client]:
     return {scope: running.client(key) for scope, key in keys.items()}
 
 
-def test_every_scope_opens_its_routes_and_no_other(sqlite_gateway: RunningGateway) -> None:
+def test_every_scope_opens_its_routes_and_no_other(
+    sqlite_gateway: RunningGateway, figures: Figures
+) -> None:
     clients, asked = clients_by_scope(sqlite_gateway), 0
     for (method, template), needed in ROUTES.items():
         path = re.sub(r"\{[^}]*\}", "nothing", template)
@@ -41,7 +44,7 @@ def test_every_scope_opens_its_routes_and_no_other(sqlite_gateway: RunningGatewa
             assert status < 500, (method, path, scope, status)
             asked += 1
     assert asked == len(ROUTES) * len(Scope)
-    print(f"24: {len(ROUTES)} routes x {len(Scope)} scopes as in the table")
+    figures(routes=len(ROUTES), scopes=len(Scope), other_than_in_the_table=0)
 
 
 def test_what_a_scope_does_not_open_changes_nothing(sqlite_gateway: RunningGateway) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from server.engines.fake import FakeEngine
 from tests.gateway_fixtures import BASE, RunningGateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 
 pytestmark = pytest.mark.promises
@@ -221,7 +222,9 @@ def watch(sqlite_gateway: RunningGateway, gateway_engine: FakeEngine) -> Watch:
     return Watch(sqlite_gateway, gateway_engine)
 
 
-def test_only_listed_fields_are_sent_and_what_is_ignored_is_named(watch: Watch) -> None:
+def test_only_listed_fields_are_sent_and_what_is_ignored_is_named(
+    watch: Watch, figures: Figures
+) -> None:
     statuses: Counter[int] = Counter()
 
     @settings(
@@ -258,7 +261,7 @@ def test_only_listed_fields_are_sent_and_what_is_ignored_is_named(watch: Watch) 
 
     look()
     assert statuses[200] > statuses[400]
-    print(f"25: {statuses.total()} bodies, {statuses[200]} answered, 0 fields too many")
+    figures(bodies=statuses.total(), answered=statuses[200], fields_too_many=0)
 
 
 PLACES = {
@@ -333,7 +336,7 @@ def test_nothing_is_hidden_in_a_message(watch: Watch, place: str) -> None:
 
 
 def test_routes_of_the_engine_are_unknown(
-    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, figures: Figures
 ) -> None:
     admin = sqlite_gateway.client()
     before = gateway_engine.state()
@@ -351,7 +354,7 @@ def test_routes_of_the_engine_are_unknown(
                 asked += 1
     assert list(gateway_engine.requests) == []
     assert gateway_engine.state() == before
-    print(f"25: {asked} requests to {len(ENGINE_ROUTES)} routes of engines, 0 arrived")
+    figures(requests=asked, routes_of_engines=len(ENGINE_ROUTES), arrived=0)
 
 
 def _spellings(paths: tuple[str, ...]) -> Iterator[str]:

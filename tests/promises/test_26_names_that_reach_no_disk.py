@@ -22,6 +22,7 @@ from server.auth import ROUTES
 from server.engines.fake import FakeEngine
 from tests.everything import add_everything
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway
+from tests.promise_fixtures import Figures
 
 pytestmark = pytest.mark.promises
 
@@ -164,6 +165,7 @@ def test_names_that_are_paths_are_unknown_and_reach_neither_disk_nor_engine(
     gateway_engine: FakeEngine,
     limited: str,
     monkeypatch: pytest.MonkeyPatch,
+    figures: Figures,
 ) -> None:
     gateway_engine.requests.clear()
     asked = 0
@@ -184,7 +186,7 @@ def test_names_that_are_paths_are_unknown_and_reach_neither_disk_nor_engine(
                     asked += 1
         assert heard == []
     assert list(gateway_engine.requests) == []
-    print(f"26: {asked} requests with {len(NAMES)} names, no file opened, listed or looked at")
+    figures(requests=asked, names=len(NAMES), files_touched=0)
 
 
 def test_releases_outside_the_key_s_list_are_unknown_and_reach_neither_disk_nor_engine(

@@ -28,6 +28,7 @@ from server.auth import Keyring, KeyView, Scope, create_key, hash_key, load_keyr
 from server.settings import DatabaseSettings, ModelSettings, Settings
 from server.upgrade import read_internal_key, upgrade
 from tests.gateway_fixtures import RunningGateway
+from tests.promise_fixtures import Figures
 from tests.promises.processes import build_model, engine_process, gateway_process
 from tests.promises.scale import scaled
 
@@ -100,7 +101,7 @@ def test_no_secret_is_compared_by_an_operator(module: Any) -> None:
 
 
 def test_a_revoked_key_is_refused_by_every_gateway_within_5_s(
-    postgres_database: Database, tmp_path: Path
+    postgres_database: Database, tmp_path: Path, figures: Figures
 ) -> None:
     rounds, slowest = scaled(40), 0.0
     with service(postgres_database, tmp_path) as (settings, engine):
@@ -130,7 +131,7 @@ def test_a_revoked_key_is_refused_by_every_gateway_within_5_s(
                     for path_ in ("/v1/models", "/v1/feedback", CHAT):
                         assert other.get(path_).status_code == 401
     assert slowest <= MOST_SECONDS
-    print(f"28: {rounds} keys revoked, the other gateway refused within {slowest:.2f} s")
+    figures(keys_revoked=rounds, slowest_seconds=round(slowest, 2))
 
 
 # Logs
@@ -148,7 +149,9 @@ def migrated(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
     database.dispose()
 
 
-def test_neither_keys_nor_texts_get_into_logs(migrated: Database, tmp_path: Path) -> None:
+def test_neither_keys_nor_texts_get_into_logs(
+    migrated: Database, tmp_path: Path, figures: Figures
+) -> None:
     canaries = Canaries()
     with service(migrated, tmp_path) as (settings, engine):
         options = {**variables(migrated), "BURNISH_LOG_LEVEL": "debug"}
@@ -189,7 +192,7 @@ def test_neither_keys_nor_texts_get_into_logs(migrated: Database, tmp_path: Path
             # Rows of answers that could not be written and uploads are records, and no logs.
             assert not [c for c in canaries.by_place.values() if c.encode() in content], file
     assert not [name for name, key in keys.items() if key.removeprefix(auth.KEY_PREFIX) in shown]
-    print(f"28: {len(canaries.by_place)} texts, {len(written.splitlines())} lines, 0 leaks")
+    figures(texts=len(canaries.by_place), lines=len(written.splitlines()), leaks=0)
 
 
 class Canaries:

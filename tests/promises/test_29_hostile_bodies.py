@@ -12,6 +12,7 @@ import pytest
 from feedback.errors import AppError
 from server.wire import parse_body, parse_chat, refuse_nul
 from tests.gateway_fixtures import RunningGateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 
 pytestmark = pytest.mark.promises
@@ -64,7 +65,9 @@ HOSTILE = {
 assert len(HOSTILE["1 MiB and 1"]) == MIB + 1
 
 
-def test_hostile_bodies_are_refused_in_time(sqlite_gateway: RunningGateway) -> None:
+def test_hostile_bodies_are_refused_in_time(
+    sqlite_gateway: RunningGateway, figures: Figures
+) -> None:
     client = sqlite_gateway.client()
     headers = {"content-type": "application/json"}
     slowest, refused = ("", 0.0), 0
@@ -83,10 +86,10 @@ def test_hostile_bodies_are_refused_in_time(sqlite_gateway: RunningGateway) -> N
     with httpx.Client(base_url=sqlite_gateway.url, trust_env=False) as nobody:
         reply = nobody.get("/healthz", headers={"x-long": "a" * 64 * 1024})
         assert (reply.status_code, reply.json()["error"]["code"]) == (431, "headers_too_large")
-    print(f"29: {refused} bodies refused, slowest {slowest[1] * 1000:.0f} ms ({slowest[0]})")
+    figures(refused=refused, slowest_ms=round(slowest[1] * 1000), slowest=slowest[0])
 
 
-def test_memory_stays_flat() -> None:
+def test_memory_stays_flat(figures: Figures) -> None:
     def read(content: bytes) -> None:
         body = parse_body(content, max_bytes=MIB)
         refuse_nul(content)
@@ -108,7 +111,7 @@ def test_memory_stays_flat() -> None:
         tracemalloc.stop()
     assert after - before < MIB
     assert peak - before < 64 * MIB
-    print(f"29: {(after - before) // 1024} KiB kept, peak {(peak - before) // MIB} MiB")
+    figures(kept_kib=(after - before) // 1024, peak_mib=(peak - before) // MIB)
 
 
 def test_what_is_within_the_bounds_passes(sqlite_gateway: RunningGateway) -> None:

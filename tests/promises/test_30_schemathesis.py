@@ -28,6 +28,7 @@ from server.auth import ROUTES
 from server.endpoints.files import PURPOSE
 from tests.everything import add_everything
 from tests.gateway_fixtures import RunningGateway
+from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled
 from tests.rows import add_candidate
 from tuner import jobs
@@ -149,7 +150,9 @@ LAST: tuple[Operation, ...] = (
 )
 
 
-def test_every_operation_succeeds_and_its_reply_conforms(sqlite_gateway: RunningGateway) -> None:
+def test_every_operation_succeeds_and_its_reply_conforms(
+    sqlite_gateway: RunningGateway, figures: Figures
+) -> None:
     sqlite_gateway.gateway.fleet.capacity = 64  # adapter slots: for one more deployment
     ids = add_everything(sqlite_gateway, "poet", "bea")
     add_candidate(sqlite_gateway.database, "poet", system_prompt="Once.")
@@ -183,11 +186,11 @@ def test_every_operation_succeeds_and_its_reply_conforms(sqlite_gateway: Running
                 assert reply.status_code < 300, (method, path, reply.text)
                 case.validate_response(reply, checks=CONFORMANCE)
                 asked += 1
-    print(f"30: {len(order)} operations, {asked} replies of success, all conform")
+    figures(operations=len(order), replies_of_success=asked, not_conforming=0)
 
 
 def test_made_up_requests_meet_no_fault_and_every_response_conforms(
-    sqlite_gateway: RunningGateway, tmp_path: Path
+    sqlite_gateway: RunningGateway, tmp_path: Path, figures: Figures
 ) -> None:
     config = tmp_path / "schemathesis.toml"
     config.write_text(_configure(sqlite_gateway))
@@ -205,7 +208,7 @@ def test_made_up_requests_meet_no_fault_and_every_response_conforms(
     for labels, count in replies:
         statuses[labels["status"]] += int(count)
     assert not [status for status in statuses if status >= "500"]
-    print(f"30: {statuses.total()} requests made up, by status {dict(sorted(statuses.items()))}")
+    figures(made_up_requests=statuses.total(), by_status=str(dict(sorted(statuses.items()))))
 
 
 def _configure(running: RunningGateway) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import os
 import subprocess
 import time
 from collections import Counter
@@ -30,14 +29,15 @@ from server.auth import create_key
 from server.settings import DatabaseSettings, GatewaySettings, ModelSettings, Settings
 from server.upgrade import upgrade
 from tests.databases import serve_postgres, url_of
+from tests.promise_fixtures import Figures
 from tests.promises.processes import build_model, engine_process, gateway_process
-from tests.promises.scale import scaled
+from tests.promises.scale import is_full, scaled
 from tests.promises.traffic import CHAT, Refusal, Traffic
 from tuner.base_models import BaseModel
 
 pytestmark = pytest.mark.promises
 
-FULL = os.environ.get("BURNISH_PROMISES") == "full"
+FULL = is_full()
 COMMIT_SECONDS = GatewaySettings().commit_timeout_seconds if FULL else 0.5
 FAULT_SECONDS = 10.0 if FULL else 2.0
 BACK_SECONDS = 10.0  #: longest wait for answers after the database is back
@@ -49,7 +49,7 @@ DISK_MIB = 64
 Fault = Callable[[], AbstractContextManager[None]]
 
 
-def test_a_locked_sqlite_file_costs_no_answer_its_record(tmp_path: Path) -> None:
+def test_a_locked_sqlite_file_costs_no_answer_its_record(tmp_path: Path, figures: Figures) -> None:
     # Every second time the lock outlives SQLite's own patience, which is 10 s.
     locks = [FAULT_SECONDS + 2.0 * (turn % 2) for turn in range(scaled(20))]
     settings = _settings(tmp_path / "data", tmp_path)
@@ -65,10 +65,10 @@ def test_a_locked_sqlite_file_costs_no_answer_its_record(tmp_path: Path) -> None
     with database.read() as session:
         assert session.scalar(text("PRAGMA integrity_check")) == "ok"
     _check_record(database, traffic)
-    print(f"31: locked {len(locks)} times, {_summary(traffic)}")
+    figures(locks=len(locks), **_summary(traffic))
 
 
-def test_a_full_disk_costs_no_answer_its_record(tmp_path: Path) -> None:
+def test_a_full_disk_costs_no_answer_its_record(tmp_path: Path, figures: Figures) -> None:
     fills = [FAULT_SECONDS] * scaled(20)
     with _small_disk(tmp_path / "disk") as disk:
         settings = _settings(disk / "data", tmp_path)
@@ -92,10 +92,12 @@ def test_a_full_disk_costs_no_answer_its_record(tmp_path: Path) -> None:
         with database.read() as session:
             assert session.scalar(text("PRAGMA integrity_check")) == "ok"
         _check_record(database, traffic)
-    print(f"31: full {len(fills)} times, {_summary(traffic)}")
+    figures(full_disks=len(fills), **_summary(traffic))
 
 
-def test_a_restart_of_postgresql_costs_no_answer_its_record(tmp_path: Path) -> None:
+def test_a_restart_of_postgresql_costs_no_answer_its_record(
+    tmp_path: Path, figures: Figures
+) -> None:
     restarts = [FAULT_SECONDS] * max(2, scaled(20))
     with serve_postgres() as server:  # the other tests need theirs
         url = url_of(server).render_as_string(hide_password=False)
@@ -119,7 +121,7 @@ def test_a_restart_of_postgresql_costs_no_answer_its_record(tmp_path: Path) -> N
 
         traffic = _ask_through(settings, base, database, key, restarts, down)
         _check_record(database, traffic)
-    print(f"31: PostgreSQL restarted {len(restarts)} times, {_summary(traffic)}")
+    figures(restarts=len(restarts), **_summary(traffic))
 
 
 def _ask_through(
@@ -227,9 +229,9 @@ def _kinds(traffic: Traffic) -> Counter[tuple[int, str | None]]:
     return Counter(map(kind, traffic.refusals))
 
 
-def _summary(traffic: Traffic) -> str:
+def _summary(traffic: Traffic) -> dict[str, int | str]:
     refused = ", ".join(f"{n} × {status} {code}" for (status, code), n in _kinds(traffic).items())
-    return f"{len(traffic.answers)} answers seen, all recorded; refused: {refused}"
+    return {"answers": len(traffic.answers), "not_in_the_record": 0, "refused": refused}
 
 
 @contextmanager

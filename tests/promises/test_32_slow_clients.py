@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import statistics
 from contextlib import ExitStack
@@ -17,9 +16,10 @@ from feedback.tables import Answer, AnswerStatus
 from server.auth import create_key
 from server.settings import ModelSettings, Settings
 from server.upgrade import upgrade
+from tests.promise_fixtures import Figures
 from tests.promises.load import ask_at_rate, resident_mib
 from tests.promises.processes import build_model, engine_process, gateway_process
-from tests.promises.scale import scaled
+from tests.promises.scale import is_full, scaled
 
 pytestmark = pytest.mark.promises
 
@@ -30,6 +30,7 @@ MOST_MIB = 8.0  #: that such a client may cost the gateway, buffers of both its 
 
 def test_clients_that_never_read_neither_fill_the_memory_nor_slow_the_others(
     tmp_path: Path,
+    figures: Figures,
 ) -> None:
     asked = scaled(1_000)
     base = build_model(tmp_path / "tiny")
@@ -71,8 +72,8 @@ def test_clients_that_never_read_neither_fill_the_memory_nor_slow_the_others(
     }
     p95, p95_alone = (statistics.median(run["p95_ms"] for run in runs) for runs in (beside, alone))
     ratio = p95 / p95_alone
-    print(f"32: {NEVER_READING} never read, {grown:.1f} MiB more, others' p95 × {ratio:.2f}")
-    if os.environ.get("BURNISH_PROMISES") == "full":  # a busy machine says nothing about it
+    figures(never_reading=NEVER_READING, grown_mib=round(grown, 1), p95_ratio=round(ratio, 2))
+    if is_full():  # a busy machine says nothing about it
         assert ratio <= 1.2
 
 

@@ -16,6 +16,7 @@ from feedback.tables import Answer, AnswerStatus
 from server.auth import create_key
 from server.settings import ModelSettings, Settings
 from server.upgrade import upgrade
+from tests.promise_fixtures import Figures
 from tests.promises.processes import build_model, engine_process, gateway_process
 from tests.promises.scale import scaled
 from tuner.base_models import BaseModel
@@ -38,7 +39,9 @@ def prepare(folder: Path) -> tuple[BaseModel, Settings, str]:
     return base, settings, key
 
 
-def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(tmp_path: Path) -> None:
+def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(
+    tmp_path: Path, figures: Figures
+) -> None:
     turns = scaled(40)
     base, settings, key = prepare(tmp_path)
     database = Database(settings.database_url)
@@ -62,7 +65,7 @@ def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(tmp_path: Path
         )
     database.dispose()
     assert rows == {AnswerStatus.COMPLETE: STREAMS * turns}
-    print(f"33: {turns} SIGTERMs, {STREAMS * turns} streams ended whole")
+    figures(sigterms=turns, streams_ended_whole=STREAMS * turns)
 
 
 def test_what_takes_longer_than_the_drain_is_ended_with_a_word(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ keys, checks or routes either. What the engine alone takes is printed beside it.
 
 from __future__ import annotations
 
-import os
 import statistics
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from feedback.tables import Answer, AnswerStatus
 from server.auth import create_key
 from server.settings import ModelSettings, Settings
 from server.upgrade import upgrade
+from tests.promise_fixtures import Figures
 from tests.promises.load import ask_at_rate
 from tests.promises.processes import (
     build_model,
@@ -25,14 +25,16 @@ from tests.promises.processes import (
     gateway_process,
     pass_through_process,
 )
-from tests.promises.scale import scaled
+from tests.promises.scale import is_full, scaled
 
 pytestmark = pytest.mark.promises
 
 ROUNDS = 5
 
 
-def test_recording_costs_little_and_every_end_that_was_seen_has_a_row(tmp_path: Path) -> None:
+def test_recording_costs_little_and_every_end_that_was_seen_has_a_row(
+    tmp_path: Path, figures: Figures
+) -> None:
     asked = scaled(2_000) // ROUNDS
     base = build_model(tmp_path / "tiny")
     settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
@@ -67,10 +69,13 @@ def test_recording_costs_little_and_every_end_that_was_seen_has_a_row(tmp_path: 
     assert rows == {AnswerStatus.COMPLETE: seen}
     assert seen == asked * ROUNDS
     p50, p99 = (statistics.median(values) for values in added.values())
-    print(
-        f"42: {seen} answers, {seen} rows, added p50 {p50:.2f} ms, p99 {p99:.2f} ms; "
-        f"p50 over the engine alone {statistics.median(to_engine):.2f} ms"
+    figures(
+        answers=seen,
+        rows=seen,
+        added_p50_ms=round(p50, 2),
+        added_p99_ms=round(p99, 2),
+        p50_over_the_engine_ms=round(statistics.median(to_engine), 2),
     )
-    if os.environ.get("BURNISH_PROMISES") == "full":  # a busy machine says nothing about these
+    if is_full():  # a busy machine says nothing about these
         assert p50 <= 2.0
         assert p99 <= 15.0
