@@ -1,13 +1,22 @@
 """The gate: does a candidate answer better than what is in production, and is it sane?
 
 Owns: the decision and its reasons, from figures alone. Pure: no database, no model, no clock. Does
-not own how the figures are gathered (`evaluations.py`) or who may overrule a decision
-(`releases.check_promotable`).
+not own how the figures are gathered (`measuring.py`), the tests (`significance.py`) or who may
+overrule a decision (`releases.check_promotable`).
 
 Two sorts of check. A *primary metric* compares candidate and baseline on the same holdout rows and
-says better, worse or neither; a *sanity check* holds what the candidate writes against limits. Any
-failed check fails the candidate; a primary metric that is better passes it; otherwise nothing could
-be shown and the decision is inconclusive.
+says better, worse or neither; a *sanity check* holds what the candidate writes against limits.
+
+- **Pass** takes one primary metric that is better (superiority, any of up to three) and no check
+  that failed. Several chances to pass are several chances to pass by luck: three tests at 0.05 each
+  passed 14 % of candidates that were no better. So the p-values of "better" are adjusted by Holm's
+  method over the metrics that could pass at all, and at most 5 % of such candidates pass, however
+  the metrics hang together. A metric with too few prompts for any p-value of 0.05 can't pass and
+  takes nothing from the others.
+- **Fail** takes one check: a primary metric that is worse (each tested at 0.05 by itself: an
+  adjustment would make harm harder to see), or a sanity check past its limit. Nobody has to show
+  that a candidate isn't worse; with few prompts harm stays unseen, and the reasons say how few.
+- **Inconclusive** is everything else, an empty holdout too.
 
 Rows about the same prompt count as one unit (their differences are averaged), because they aren't
 independent. The tests are permutation tests, exact where that is cheap: they assume nothing about
@@ -21,18 +30,11 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from tuner.significance import holm, separation_p_value, sign_flip_p_value
 from tuner.tables import Decision
-
-_EXACT_UNITS = 14  # 2**14 sign patterns
-_EXACT_SPLITS = 20_000  # label assignments
-_DRAWS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Figures:
 class Limits:
     """Where the gate draws its lines; each difference is against the baseline."""
 
-    significance: float = 0.05  #: largest one-sided p-value that counts, per metric
+    #: largest one-sided p-value that counts: adjusted for "better", per metric for "worse"
+    significance: float = 0.05
     smallest_nll: float = 0.01  #: nats per token; a smaller mean difference counts as none
     smallest_accuracy: float = 0.01
     smallest_separation: float = 0.01  #: nats per token
@@ -134,11 +137,14 @@ class Verdict:
 def decide(figures: Figures, limits: Limits | None = None) -> Verdict:
     """Pass, fail or inconclusive; never an error, whatever is missing."""
     limits = limits or Limits()
-    primary = [
-        _check_nll(figures.nll, limits),
-        _check_pairs(figures.margins, limits),
-        _check_labelled(figures.labelled, limits),
-    ]
+    primary = _judge_all(
+        [
+            _test_nll(figures.nll, limits),
+            _test_pairs(figures.margins, limits),
+            _test_labelled(figures.labelled, limits),
+        ],
+        limits.significance,
+    )
     sanity = [_check_chosen_nll(figures.chosen_nll, limits), *_check_answers(figures, limits)]
     checks = (*primary, *sanity)
     failed = [check for check in checks if check.outcome == Decision.FAIL]
@@ -161,68 +167,48 @@ def decide(figures: Figures, limits: Limits | None = None) -> Verdict:
     return Verdict(Decision.INCONCLUSIVE, tuple(told or [c.message for c in primary]), checks)
 
 
-def sign_flip_p_value(differences: Sequence[float]) -> float:
-    """One-sided p-value of `mean > 0` under the null that each difference's sign is a coin's.
-
-    Exact up to 14 non-zero differences, 20 000 seeded draws above (counted with the observed one,
-    so never 0). Fisher 1935; Phipson and Smyth 2010 for the added one.
-    """
-    values: NDArray[np.float64] = np.array([d for d in differences if d != 0.0], dtype=np.float64)
-    if values.size == 0:
-        return 1.0
-    observed = values.sum()
-    slack = 1e-9 * np.abs(values).sum()  # sums of the same terms in another order
-    if values.size <= _EXACT_UNITS:
-        patterns = np.arange(2**values.size)[:, None] >> np.arange(values.size) & 1
-        sums = (1 - 2 * patterns) @ values
-        return float(np.mean(sums >= observed - slack))
-    signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(_DRAWS, values.size))
-    return float((np.count_nonzero(signs @ values >= observed - slack) + 1) / (_DRAWS + 1))
-
-
-def separation_p_value(true: Sequence[float], false: Sequence[float]) -> float:
-    """One-sided p-value of `mean(true) > mean(false)` under the null that labels are exchangeable.
-
-    Exact while there are at most 20 000 ways to hand out the labels, that many seeded draws above.
-    """
-    values: NDArray[np.float64] = np.array([*true, *false], dtype=np.float64)
-    k = len(true)
-    if not true or not false or np.ptp(values) == 0.0:
-        return 1.0
-    observed = values[:k].sum()
-    slack = 1e-9 * np.abs(values).sum()
-    if math.comb(values.size, k) <= _EXACT_SPLITS:
-        sums = np.array([values[list(c)].sum() for c in combinations(range(values.size), k)])
-        return float(np.mean(sums >= observed - slack))
-    random = np.random.default_rng(0)
-    sums = np.array([random.permutation(values)[:k].sum() for _ in range(_DRAWS)])
-    return float((np.count_nonzero(sums >= observed - slack) + 1) / (_DRAWS + 1))
-
-
 def pair_score(margin: float, *, tie: float) -> float:
     """1 for a pair ranked rightly, ½ for a tie, 0 otherwise; the base against itself scores ½."""
     return 0.5 if abs(margin) <= tie else float(margin > 0)
 
 
-def _check_nll(rows: Sequence[Paired], limits: Limits) -> Check:
+@dataclass(frozen=True, slots=True)
+class _Test:
+    """One primary metric, tested both ways but not yet judged.
+
+    `said` is the sentence up to the outcome. `smallest_p` is the smallest p-value that its data
+    allow, whatever the candidate had done.
+    """
+
+    name: str
+    said: str
+    candidate: float
+    baseline: float
+    difference: float  #: above 0: the candidate is better
+    smallest: float  #: a smaller difference counts as none
+    better_p: float
+    worse_p: float
+    smallest_p: float
+    units: int | None = None
+
+
+def _test_nll(rows: Sequence[Paired], limits: Limits) -> _Test | Check:
     name, what = "holdout_nll", "Corrections in the holdout"
     if not rows:
         return Check(name, Decision.INCONCLUSIVE, "The holdout has no corrections.")
     candidate, baseline = _means(rows)
-    gains = _by_unit([(row.unit, row.baseline - row.candidate) for row in rows])
-    outcome, how = _compare(gains, limits.smallest_nll, limits.significance)
-    return Check(
+    return _test_gains(
         name,
-        outcome,
         f"{what}: {candidate:.2f} nats per token under the candidate, {baseline:.2f} under the "
-        f"baseline (lower is better); {how}.",
+        "baseline (lower is better)",
         candidate,
         baseline,
-        limits.significance,
+        _by_unit([(row.unit, row.baseline - row.candidate) for row in rows]),
+        limits.smallest_nll,
     )
 
 
-def _check_pairs(rows: Sequence[Paired], limits: Limits) -> Check:
+def _test_pairs(rows: Sequence[Paired], limits: Limits) -> _Test | Check:
     name = "pair_accuracy"
     if not rows:
         return Check(name, Decision.INCONCLUSIVE, "The holdout has no preference pairs.")
@@ -235,20 +221,18 @@ def _check_pairs(rows: Sequence[Paired], limits: Limits) -> Check:
         for row in rows
     ]
     candidate, baseline = _means(scored)
-    gains = _by_unit([(row.unit, row.candidate - row.baseline) for row in scored])
-    outcome, how = _compare(gains, limits.smallest_accuracy, limits.significance)
-    return Check(
+    return _test_gains(
         name,
-        outcome,
         f"Preference pairs in the holdout: the candidate ranks {candidate:.0%} rightly, the "
-        f"baseline {baseline:.0%}; {how}.",
+        f"baseline {baseline:.0%}",
         candidate,
         baseline,
-        limits.significance,
+        _by_unit([(row.unit, row.candidate - row.baseline) for row in scored]),
+        limits.smallest_accuracy,
     )
 
 
-def _check_labelled(rows: Sequence[Labelled], limits: Limits) -> Check:
+def _test_labelled(rows: Sequence[Labelled], limits: Limits) -> _Test | Check:
     name = "label_separation"
     true = _by_unit([(row.unit, row.shift) for row in rows if row.label])
     false = _by_unit([(row.unit, row.shift) for row in rows if not row.label])
@@ -260,17 +244,40 @@ def _check_labelled(rows: Sequence[Labelled], limits: Limits) -> Check:
             "answers; telling them apart needs both.",
         )
     difference = fmean(true) - fmean(false)
-    rises = separation_p_value(true, false)
-    falls = separation_p_value([-shift for shift in true], [-shift for shift in false])
-    outcome, how = _judge(difference, rises, falls, limits.smallest_separation, limits.significance)
-    return Check(
+    return _Test(
         name,
-        outcome,
         f"Against the baseline the candidate moved liked answers by {fmean(true):+.2f} and "
-        f"disliked ones by {fmean(false):+.2f} nats per token; {how}.",
-        difference,
-        0.0,
-        limits.significance,
+        f"disliked ones by {fmean(false):+.2f} nats per token",
+        candidate=difference,
+        baseline=0.0,
+        difference=difference,
+        smallest=limits.smallest_separation,
+        better_p=separation_p_value(true, false),
+        worse_p=separation_p_value([-shift for shift in true], [-shift for shift in false]),
+        smallest_p=1 / math.comb(len(true) + len(false), len(true)),
+    )
+
+
+def _test_gains(
+    name: str,
+    said: str,
+    candidate: float,
+    baseline: float,
+    gains: Sequence[float],
+    smallest: float,
+) -> _Test:
+    """A test of one gain per unit, positive where the candidate is better."""
+    return _Test(
+        name,
+        said,
+        candidate,
+        baseline,
+        difference=fmean(gains),
+        smallest=smallest,
+        better_p=sign_flip_p_value(gains),
+        worse_p=sign_flip_p_value([-gain for gain in gains]),
+        smallest_p=0.5 ** sum(gain != 0.0 for gain in gains),
+        units=len(gains),
     )
 
 
@@ -369,37 +376,53 @@ def _length_ratio(answers: Sequence[Written]) -> float | None:
     return median(ratios) if ratios else None
 
 
-def _compare(gains: Sequence[float], smallest: float, significance: float) -> tuple[Decision, str]:
-    return _judge(
-        fmean(gains),
-        sign_flip_p_value(gains),
-        sign_flip_p_value([-gain for gain in gains]),
-        smallest,
-        significance,
-        units=len(gains),
-    )
+def _judge_all(tests: Sequence[_Test | Check], significance: float) -> list[Check]:
+    """The primary checks in their order, "better" judged by p-values that Holm adjusted.
+
+    What decides which metrics share the adjustment is how much they could show, never which way
+    they point; a metric that could not reach `significance` alone never passes (Tarone 1990).
+    """
+    family = [test for test in tests if isinstance(test, _Test) and test.smallest_p <= significance]
+    adjusted = {
+        test.name: p
+        for test, p in zip(family, holm([test.better_p for test in family]), strict=True)
+    }
+    checks = []
+    for test in tests:
+        if isinstance(test, _Test):
+            better_p = adjusted.get(test.name, test.better_p)
+            outcome, how = _judge(test, better_p, significance, shared_by=len(family))
+            message = f"{test.said}; {how}."
+            test = Check(test.name, outcome, message, test.candidate, test.baseline, significance)
+        checks.append(test)
+    return checks
 
 
 def _judge(
-    difference: float,
-    better_p: float,
-    worse_p: float,
-    smallest: float,
-    significance: float,
-    units: int | None = None,
+    test: _Test, better_p: float, significance: float, shared_by: int
 ) -> tuple[Decision, str]:
-    over = "" if units is None else f" over {units} prompt{'' if units == 1 else 's'}"
-    if difference >= smallest and better_p <= significance:
-        return Decision.PASS, f"better{over} (p = {better_p:.2g})"
-    if difference <= -smallest and worse_p <= significance:
-        return Decision.FAIL, f"worse{over} (p = {worse_p:.2g})"
+    """The outcome in a word and in words. `better_p` is the adjusted one."""
+    units, difference = test.units, test.difference
+    over = "" if units is None else f" over {_prompts(units)}"
+    p = f"p = {better_p:.2g}"
+    if shared_by > 1 and test.smallest_p <= significance:
+        p += f", adjusted for {shared_by} metrics; alone {test.better_p:.2g}"
+    if difference >= test.smallest and better_p <= significance:
+        return Decision.PASS, f"better{over} ({p})"
+    if difference <= -test.smallest and test.worse_p <= significance:
+        return Decision.FAIL, f"worse{over} (p = {test.worse_p:.2g})"
     if units is not None and 0.5**units > significance:
         needed = math.ceil(-math.log2(significance))
-        found = f"{units} prompt{'' if units == 1 else 's'}"
-        return Decision.INCONCLUSIVE, f"{found} can't tell, at least {needed} are needed"
-    if abs(difference) < smallest:
+        return Decision.INCONCLUSIVE, f"{_prompts(units)} can't tell, at least {needed} are needed"
+    if abs(difference) < test.smallest:
         return Decision.INCONCLUSIVE, f"a difference too small to count{over}"
-    return Decision.INCONCLUSIVE, f"chance isn't excluded{over} (p = {min(better_p, worse_p):.2g})"
+    if difference < 0:
+        p = f"p = {test.worse_p:.2g}"
+    return Decision.INCONCLUSIVE, f"chance isn't excluded{over} ({p})"
+
+
+def _prompts(count: int) -> str:
+    return f"{count} prompt{'' if count == 1 else 's'}"
 
 
 def _by_unit(values: Sequence[tuple[str, float]]) -> list[float]:
