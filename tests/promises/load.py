@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,27 @@ def ask_at_rate(
 
 def resident_mib(pid: int) -> float:
     """Memory of a process in RAM (proc_pid_status(5))."""
+    return _status_mib(pid, "VmRSS")
+
+
+def peak_mib(pid: int) -> float:
+    """The most that a process has held in RAM since `reset_peak`."""
+    return _status_mib(pid, "VmHWM")
+
+
+def reset_peak(pid: int) -> None:
+    """Forget what a process held in RAM at most (proc(5), `clear_refs`)."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and those of its children that have ended have worked, on all cores."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
+def _status_mib(pid: int, name: str) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
     raise ValueError(f"process {pid} has no memory")

@@ -13,56 +13,13 @@ from feedback.errors import AppError
 from server.wire import parse_body, parse_chat, refuse_nul
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
+from tests.promises.hostile.bodies import CONTENTS, MIB
+from tests.promises.hostile.sending import CHAT, TEXT
 from tests.promises.scale import scaled
 
 pytestmark = pytest.mark.promises
 
-MIB = 1024 * 1024
 MOST_SECONDS = 0.1
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-
-
-def chat(value: bytes) -> bytes:
-    """A chat whose one field more is `value`."""
-    return (
-        b'{"model": "assistant", "messages": [{"role": "user", "content": "hi"}], "seed": '
-        + value
-        + b"}"
-    )
-
-
-HOSTILE = {
-    "1 MiB and 1": b'{"model": "' + b"x" * (MIB - 12) + b'"}',
-    "depth 100 000": chat(b"[" * 100_000 + b"]" * 100_000),
-    "objects, depth 100 000": chat(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
-    "depth 33": chat(b"[" * 32 + b"]" * 32),
-    "half a million lists": chat(b"[" + b"[]," * (MIB // 3 - 100) + b"[]]"),
-    "NaN": chat(b"NaN"),
-    "Infinity": chat(b"-Infinity"),
-    "1e999": chat(b"1e999"),
-    "many 1e999": chat(b"[" + b"1e999," * 150_000 + b"1]"),
-    "5 000 digits": chat(b"9" * 5000),
-    "1 000 000 digits": chat(b"9" * 1_000_000),
-    "65 bits": chat(b"18446744073709551616"),
-    "a lone surrogate": chat(rb'"\ud800"'),
-    "the other half": chat(rb'"\udfff"'),
-    "NUL": b'{"model": "assistant", "messages": [{"role": "user", "content": "a\\u0000b"}]}',
-    "a raw NUL": chat(b'"\x00"'),
-    "duplicate keys": chat(b'1, "model": "assistant"'),
-    "a late duplicate": chat(
-        b"{" + b"".join(b'"%d":1,' % n for n in range(19_000)) + b'"18999":1}'
-    ),
-    "a hundred thousand keys": chat(b"{" + b",".join(b'"%d":1' % n for n in range(100_000)) + b"}"),
-    "half a million integers": chat(b"[" + b"1," * 500_000 + b"1]"),
-    "a hundred thousand strings": chat(b"[" + b'"",' * 100_000 + b"1]"),
-    "broken UTF-8": chat(b'"\xff\xfe"'),
-    "an open string": chat(b'"' + b"\\" * 500_000),
-    "backslashes and quotes": chat(b'"' + b'\\"' * 500_000),
-    "quotes": b'"' * (MIB - 1),
-    "nothing": b"",
-}
-assert len(HOSTILE["1 MiB and 1"]) == MIB + 1
 
 
 def test_hostile_bodies_are_refused_in_time(
@@ -71,7 +28,7 @@ def test_hostile_bodies_are_refused_in_time(
     client = sqlite_gateway.client()
     headers = {"content-type": "application/json"}
     slowest, refused = ("", 0.0), 0
-    for name, content in HOSTILE.items():
+    for name, content in CONTENTS.items():
         for path in (CHAT, TEXT, "/v1/feedback"):
             seconds = []
             for _ in range(3):  # the machine may be busy with something else: the best counts
@@ -96,7 +53,7 @@ def test_memory_stays_flat(figures: Figures) -> None:
         parse_chat(body, max_choices=8, strict=False)
 
     def refuse_all() -> None:
-        for content in HOSTILE.values():
+        for content in CONTENTS.values():
             with pytest.raises(AppError):
                 read(content)
 
