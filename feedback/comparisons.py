@@ -16,7 +16,7 @@ from feedback.answers import OURS, get_answer, messages_hash
 from feedback.db import canonical_json, new_id, now
 from feedback.errors import BadRequest, Conflict, NotFound
 from feedback.judgements import check_choice, speaks_for, take_turn, touch_answers
-from feedback.people import Viewer
+from feedback.people import Viewer, speaker_of
 from feedback.tables import (
     Answer,
     AnswerKind,
@@ -78,7 +78,7 @@ def compare(
     (answer_a, choice_a), (answer_b, choice_b) = sides
     if person_id is None:
         owner = next(answer.person_id for answer in answers if answer.id == answer_a)
-        person_id = owner if viewer.speaks_for_many else viewer.person_id
+        person_id = speaker_of(session, viewer, owner)
     take_turn(session, person_id)
     comparison = session.scalar(
         select(Comparison).where(

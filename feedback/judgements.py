@@ -21,7 +21,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from feedback.answers import get_answer
 from feedback.db import canonical_json, new_id, now
 from feedback.errors import BadRequest, Conflict, NotFound
-from feedback.people import Viewer
+from feedback.people import Viewer, speaker_of
 from feedback.tables import (
     Answer,
     AnswerStatus,
@@ -85,7 +85,7 @@ def judge(
     """Record a verdict; the judgement as it now stands, and whether it is a new one.
 
     It counts for `person_id`; by default for whoever got the answer where the viewer speaks for
-    many people, else for the viewer. There is one judgement per (target, choice, kind, name,
+    that person, else for the viewer. There is one judgement per (target, choice, kind, name,
     source, person): the same value again changes nothing, another value makes a new revision, None
     withdraws. A `client_id` that was seen before on the same judgement with the same value is a
     repetition and changes nothing even when newer ones came between.
@@ -102,7 +102,7 @@ def judge(
     check_source(new.source_type, new.source_id)
     client_id = check_id(new.client_id, "id")
     target = _find_target(session, viewer, new)
-    person_id = person_id or (target.owner_id if viewer.speaks_for_many else viewer.person_id)
+    person_id = person_id or speaker_of(session, viewer, target.owner_id)
     take_turn(session, person_id)
 
     judgement = session.scalar(

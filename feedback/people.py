@@ -48,6 +48,23 @@ class Viewer:
         return condition
 
 
+def speaks_for(session: Session, viewer: Viewer, person_id: str) -> bool:
+    """Whether this person is the viewer's own, or one of the end users of its application."""
+    if person_id == viewer.person_id:
+        return True
+    if not viewer.speaks_for_many:
+        return False
+    person = session.get(Person, person_id)
+    return person is not None and person.user == viewer.user
+
+
+def speaker_of(session: Session, viewer: Viewer, owner_id: str) -> str:
+    """Whom a verdict counts for that names nobody: an application's is its end user's, whose answer
+    it is about; everybody else's is their own, whoever got the answer.
+    """
+    return owner_id if speaks_for(session, viewer, owner_id) else viewer.person_id
+
+
 def find_person(session: Session, user: str, end_user: str = "") -> Person | None:
     """The person of that name, or None."""
     return session.scalar(select(Person).where(Person.user == user, Person.end_user == end_user))

@@ -26,12 +26,14 @@ from server.tables import Key
 
 KEY_PREFIX = "sk-burnish-"
 
+_MOST_MAKERS = 16  #: of a chain of keys, in one audit entry
+
 
 class Scope(StrEnum):
     CHAT = "chat"  #: chat, text completions, models, one's own stored completions
     FEEDBACK = "feedback"  #: judge one's own answers
     RATE = "rate"  #: judge what a batch or the queue hands out
-    CURATE = "curate"  #: read everybody's answers and judgements, data sets
+    CURATE = "curate"  #: read everybody's answers and judgements, make data sets
     TUNE = "tune"  #: jobs, files, evaluations
     PROMOTE = "promote"  #: move releases
     ADMIN = "admin"  #: all of the above, keys, deployments, audit
@@ -178,13 +180,23 @@ class Caller:
     person_id: str
 
     def viewer(self) -> Viewer:
-        """Whose answers this request may see."""
+        """Whose answers and verdicts this request may see."""
+        return self._viewer(Scope.CURATE)
+
+    def editor(self) -> Viewer:
+        """Whose answers and verdicts this request may judge, change or delete.
+
+        Those of others only for an administrator: a curator reads them.
+        """
+        return self._viewer(Scope.ADMIN)
+
+    def _viewer(self, for_all: Scope) -> Viewer:
         return Viewer(
             user=self.key.user,
             person_id=self.person_id,
             key_id=self.key.id,
             speaks_for_many=self.key.end_users,
-            sees_all=self.key.allows(Scope.CURATE),
+            sees_all=self.key.allows(for_all),
             deployments=self.key.deployments,
         )
 
@@ -257,6 +269,7 @@ def create_key(
     limits: Mapping[str, int | None] | None = None,
     name: str | None = None,
     created_by: str | None = None,
+    created_by_key: str | None = None,
     token: str | None = None,
 ) -> tuple[Key, str]:
     """Make a key; the second value is the key itself, which is kept nowhere.
@@ -280,11 +293,25 @@ def create_key(
         end_users=end_users,
         limits=dict(limits) if limits else None,
         created_by=created_by,
+        created_by_key=created_by_key,
         created_at=now(),
     )
     session.add(key)
     session.flush()
     return key, token
+
+
+def list_makers(session: Session, key_id: str | None) -> list[dict[str, str | None]]:
+    """Who made a key, who made that one's, and so on: `user` and `key_id`, the nearest first.
+
+    Empty for a key that was made on the machine itself.
+    """
+    found: list[dict[str, str | None]] = []
+    key = None if key_id is None else session.get(Key, key_id)
+    while key is not None and key.created_by is not None and len(found) < _MOST_MAKERS:
+        found.append({"user": key.created_by, "key_id": key.created_by_key})
+        key = None if key.created_by_key is None else session.get(Key, key.created_by_key)
+    return found
 
 
 def revoke_key(session: Session, key_id: str) -> Key:

@@ -4,6 +4,7 @@ whether something happened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -22,6 +23,42 @@ from tests.rows import (
 )
 from tuner.releases import get_deployment
 from tuner.tuning import create_tuning_job
+
+Route = tuple[str, str]
+
+#: Routes whose body names what it is about, and those bodies.
+BODIES: dict[Route, Callable[[dict[str, str]], list[dict[str, Any]]]] = {
+    ("POST", "/v1/chat/completions"): lambda ids: [
+        {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+        for model in (ids["name"], ids["release"])
+    ],
+    ("POST", "/v1/chat/completions/{completion_id}"): lambda ids: [{"metadata": {"a": "b"}}],
+    ("POST", "/v1/completions"): lambda ids: [{"model": ids["name"], "prompt": "Hello"}],
+    ("POST", "/v1/feedback"): lambda ids: [
+        {"completion_id": ids["completion_id"], "kind": "rating", "value": True},
+        {"conversation_id": ids["conversation_id"], "kind": "rating", "value": True},
+    ],
+    ("POST", "/v1/feedback/tokens"): lambda ids: [
+        {"completion_id": ids["completion_id"], "expires_in_seconds": 60}
+    ],
+    ("POST", "/v1/comparisons"): lambda ids: [
+        {"completion_ids": [ids["completion_id"], ids["other_id"]], "preferred": "a"}
+    ],
+    ("POST", "/v1/fine_tuning/jobs"): lambda ids: [
+        {"model": ids["name"], "training_file": ids["dataset_id"]},
+        {"model": "assistant", "training_file": ids["dataset_id"]},
+        {"model": "assistant", "training_file": ids["file_id"]},
+    ],
+    ("POST", "/admin/datasets"): lambda ids: [{"deployment": ids["name"], "wait_seconds": 0}],
+    ("POST", "/admin/evaluations"): lambda ids: [
+        {"release": ids["release"]},
+        {"release": "assistant@0", "baseline": ids["release"]},
+    ],
+    ("POST", "/admin/keys"): lambda ids: [
+        {"user": "x", "scopes": ["chat"], "deployments": [ids["name"]]}
+    ],
+    ("POST", "/admin/deployments/{name}/promote"): lambda ids: [{"release": ids["release"]}],
+}
 
 
 def add_everything(running: RunningGateway, deployment: str, user: str) -> dict[str, str]:

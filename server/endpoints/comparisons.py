@@ -75,7 +75,7 @@ def give_comparison(
         client_id=body.id,
     )
     row, created = compare(
-        session, caller.viewer(), new, person_id=person_of(session, caller, body.user)
+        session, caller.editor(), new, person_id=person_of(session, caller, body.user)
     )
     response.status_code = 201 if created else 200
     return _comparison(session, row, body)

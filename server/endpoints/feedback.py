@@ -18,8 +18,9 @@ from feedback.curation.extract import describe_teaching
 from feedback.datasets import what_became
 from feedback.errors import Forbidden, NotFound
 from feedback.judgements import NewJudgement
-from feedback.people import find_or_create_person
+from feedback.people import find_or_create_person, speaker_of, speaks_for
 from feedback.tables import Answer, AnswerKind, Judgement, JudgementKind, Person, SourceType
+from server.access import append_audit
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.fields import Deleted, Limit, Name, Page, one_of, page, unix
@@ -129,7 +130,7 @@ def give_feedback(
     response: Response,
 ) -> FeedbackObject:
     """Judge an answer, or change or withdraw what was said before."""
-    viewer, person_id = caller.viewer(), person_of(session, caller, body.user)
+    viewer, person_id = caller.editor(), person_of(session, caller, body.user)
     if (grant := caller.key.grant) is not None:
         _check_grant(grant, body)
         # The token names the answer; whoever made it saw it.
@@ -159,10 +160,11 @@ async def make_token(body: TokenCreate, caller: CallerDep, gateway: GatewayDep) 
 
     def sign_token() -> tuple[str, str]:
         with gateway.database.write() as session:
-            answer = get_answer(session, body.completion_id, caller.viewer())
+            editor = caller.editor()
+            answer = get_answer(session, body.completion_id, editor)
             person_id = person_of(session, caller, body.user)
             if person_id is None:
-                person_id = answer.person_id if caller.key.end_users else caller.person_id
+                person_id = speaker_of(session, editor, answer.person_id)
             grant = Grant(answer.id, person_id, caller.key.id, expires_at)
             secret = find_or_create_secret(session)
             return sign(grant, secret), secret
@@ -223,7 +225,9 @@ def get_feedback(judgement_id: str, caller: CallerDep, session: ReadSession) -> 
 @router.delete("/{judgement_id}")
 def withdraw_feedback(judgement_id: str, caller: CallerDep, session: WriteSession) -> Deleted:
     """Take a verdict back."""
-    row = judgements.withdraw(session, caller.viewer(), judgement_id)
+    row = judgements.withdraw(session, caller.editor(), judgement_id)
+    if not speaks_for(session, caller.editor(), row.person_id):
+        append_audit(session, caller, "judgement_withdrawn", row.id, person=row.person_id)
     return {"id": row.id, "object": "feedback.deleted", "deleted": True}
 
 

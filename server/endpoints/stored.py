@@ -13,8 +13,11 @@ from typing_extensions import TypedDict
 from feedback import answers
 from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest, NotFound
+from feedback.people import Viewer, speaks_for
 from feedback.tables import Answer, AnswerKind, AnswerStatus, AnswerText
 from server import idempotency
+from server.access import append_audit
+from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.fields import Deleted, Limit, Page, one_of, page
 from server.sessions import CallerDep, ReadSession, WriteSession
@@ -117,7 +120,7 @@ def list_stored(
 @router.get("/{completion_id}")
 def get_stored(completion_id: str, caller: CallerDep, session: ReadSession) -> StoredCompletion:
     """One stored completion."""
-    answer = _get(session, completion_id, caller)
+    answer = _get(session, completion_id, caller.viewer())
     return _completion(*next(iter(_with_texts(session, [answer]))))
 
 
@@ -126,16 +129,19 @@ def update_stored(
     completion_id: str, body: MetadataUpdate, caller: CallerDep, session: WriteSession
 ) -> StoredCompletion:
     """Replace its metadata."""
-    answer = _get(session, completion_id, caller)
+    answer = _get(session, completion_id, caller.editor())
     answers.set_metadata(session, answer, body.metadata or {})
     session.flush()
+    _note_foreign(session, caller, "answer_changed", answer)
     return _completion(*next(iter(_with_texts(session, [answer]))))
 
 
 @router.delete("/{completion_id}")
 def delete_stored(completion_id: str, caller: CallerDep, session: WriteSession) -> Deleted:
     """Delete it, its text, its judgements, and replies about it that are kept for repetitions."""
-    answers.delete_answer(session, _get(session, completion_id, caller))
+    answer = _get(session, completion_id, caller.editor())
+    _note_foreign(session, caller, "answer_deleted", answer)
+    answers.delete_answer(session, answer)
     idempotency.forget(session, completion_id)
     return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
@@ -150,7 +156,7 @@ def list_messages(
     order: Literal["asc", "desc"] = "asc",
 ) -> Page[dict[str, Any]]:
     """The messages that the caller sent."""
-    text = answers.get_text(session, _get(session, completion_id, caller))
+    text = answers.get_text(session, _get(session, completion_id, caller.viewer()))
     rows = [
         {"id": f"{completion_id}-{index}", **_sent(message)}
         for index, message in enumerate(m for m in text.messages if not m.get(OURS))
@@ -175,8 +181,14 @@ def _sent(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "content": text_of(parts), "content_parts": parts}
 
 
-def _get(session: Session, completion_id: str, caller: CallerDep) -> Answer:
-    answer = answers.get_answer(session, completion_id, caller.viewer())
+def _note_foreign(session: Session, caller: Caller, action: str, answer: Answer) -> None:
+    """Write down that somebody else's answer was changed or deleted."""
+    if not speaks_for(session, caller.editor(), answer.person_id):
+        append_audit(session, caller, action, answer.id, person=answer.person_id)
+
+
+def _get(session: Session, completion_id: str, viewer: Viewer) -> Answer:
+    answer = answers.get_answer(session, completion_id, viewer)
     if not answer.stored or answer.kind != AnswerKind.CHAT:
         raise NotFound(
             f"no stored chat completion {completion_id!r} of yours", param="completion_id"

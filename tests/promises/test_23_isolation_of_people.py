@@ -8,55 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from feedback.tables import Answer
 from server.auth import ROUTES, Scope
-from tests.everything import add_everything, call, list_rows
+from tests.everything import BODIES, Route, add_everything, call, list_rows
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway
 
 pytestmark = pytest.mark.promises
 
-Route = tuple[str, str]
-
 #: Routes about answers and verdicts, which belong to people.
 PERSONAL = {route for route in ROUTES if re.search(r"{completion_id}|{judgement_id}", route[1])}
-#: Routes whose body names what it is about, and those bodies.
-BODIES: dict[Route, Callable[[dict[str, str]], list[dict[str, Any]]]] = {
-    ("POST", "/v1/chat/completions"): lambda ids: [
-        {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
-        for model in (ids["name"], ids["release"])
-    ],
-    ("POST", "/v1/chat/completions/{completion_id}"): lambda ids: [{"metadata": {"a": "b"}}],
-    ("POST", "/v1/completions"): lambda ids: [{"model": ids["name"], "prompt": "Hello"}],
-    ("POST", "/v1/feedback"): lambda ids: [
-        {"completion_id": ids["completion_id"], "kind": "rating", "value": True},
-        {"conversation_id": ids["conversation_id"], "kind": "rating", "value": True},
-    ],
-    ("POST", "/v1/feedback/tokens"): lambda ids: [
-        {"completion_id": ids["completion_id"], "expires_in_seconds": 60}
-    ],
-    ("POST", "/v1/comparisons"): lambda ids: [
-        {"completion_ids": [ids["completion_id"], ids["other_id"]], "preferred": "a"}
-    ],
-    ("POST", "/v1/fine_tuning/jobs"): lambda ids: [
-        {"model": ids["name"], "training_file": ids["dataset_id"]},
-        {"model": "assistant", "training_file": ids["dataset_id"]},
-        {"model": "assistant", "training_file": ids["file_id"]},
-    ],
-    ("POST", "/admin/datasets"): lambda ids: [{"deployment": ids["name"], "wait_seconds": 0}],
-    ("POST", "/admin/evaluations"): lambda ids: [
-        {"release": ids["release"]},
-        {"release": "assistant@0", "baseline": ids["release"]},
-    ],
-    ("POST", "/admin/keys"): lambda ids: [
-        {"user": "x", "scopes": ["chat"], "deployments": [ids["name"]]}
-    ],
-    ("POST", "/admin/deployments/{name}/promote"): lambda ids: [{"release": ids["release"]}],
-}
 #: Lists, with the parameters that name something foreign.
 LISTS: dict[Route, tuple[str, ...]] = {
     ("GET", "/v1/chat/completions"): (),

@@ -305,3 +305,44 @@ def test_a_token_is_never_logged(
         _rate(sqlite_gateway.client(token + "x"), answer)
     of_ours = [r for r in caplog.records if r.name.partition(".")[0] in ("server", "uvicorn")]
     assert token not in repr([vars(record) for record in of_ours])
+
+
+def test_a_curator_judges_and_withdraws_nothing_of_others(sqlite_gateway: RunningGateway) -> None:
+    answer = add_answer(sqlite_gateway.database, "anna")
+    anna = sqlite_gateway.client(sqlite_gateway.key("anna"))
+    given = _rate(anna, answer).json()["id"]
+    curator = sqlite_gateway.client(sqlite_gateway.key("cu", "feedback", "curate"))
+
+    assert curator.get(f"/v1/feedback/{given}").status_code == 200
+    assert _rate(curator, answer).status_code == 404
+    assert _token(curator, answer).status_code == 404
+    assert curator.delete(f"/v1/feedback/{given}").status_code == 404
+    assert anna.get(f"/v1/feedback/{given}").json()["value"] is True
+
+
+def test_an_administrator_who_withdraws_somebody_elses_verdict_is_written_down(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    answer = add_answer(sqlite_gateway.database, "anna")
+    given = _rate(sqlite_gateway.client(sqlite_gateway.key("anna")), answer).json()["id"]
+    admin = sqlite_gateway.client()
+    own = _rate(admin, answer).json()["id"]
+
+    for judgement in (given, own):
+        assert admin.delete(f"/v1/feedback/{judgement}").status_code == 200
+
+    entries = admin.get("/admin/audit").json()["data"]
+    assert [(entry["action"], entry["subject"]) for entry in entries] == [
+        ("judgement_withdrawn", given)
+    ]
+
+
+def test_an_application_speaks_for_nobody_but_its_own_end_users(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    answer = add_answer(sqlite_gateway.database, "anna")
+    shop = sqlite_gateway.client(sqlite_gateway.key("shop", "admin", end_users=True))
+
+    assert _rate(shop, answer).json()["user"] == "anonymous"
+    browser = sqlite_gateway.client(_token(shop, answer).json()["token"])
+    assert _rate(browser, answer).json()["user"] == "anonymous"

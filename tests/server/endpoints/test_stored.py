@@ -11,6 +11,7 @@ import pytest
 from openai import OpenAI
 
 from tests.gateway_fixtures import RunningGateway
+from tests.rows import add_answer
 
 
 @contextmanager
@@ -117,3 +118,38 @@ def test_a_filter_of_another_form_is_refused(sqlite_gateway: RunningGateway, nam
     reply = anna.get("/v1/chat/completions", params={name: "x"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
     assert anna.get("/v1/chat/completions", params={"metadata[a]": "x"}).status_code == 200
+
+
+def test_a_curator_reads_what_others_got_and_changes_none_of_it(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    answer = add_answer(sqlite_gateway.database, "anna")
+    curator = sqlite_gateway.client(sqlite_gateway.key("cu", "chat", "feedback", "curate"))
+
+    assert curator.get(f"/v1/chat/completions/{answer}").status_code == 200
+    assert (
+        curator.post(f"/v1/chat/completions/{answer}", json={"metadata": {"a": "b"}}).status_code
+        == 404
+    )
+    assert curator.delete(f"/v1/chat/completions/{answer}").status_code == 404
+    assert curator.get(f"/v1/chat/completions/{answer}").json()["metadata"] == {}
+
+
+def test_an_administrator_who_deletes_somebody_elses_answer_is_written_down(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    of_anna, own = (add_answer(sqlite_gateway.database, user) for user in ("anna", "admin"))
+    admin = sqlite_gateway.client()
+
+    assert (
+        admin.post(f"/v1/chat/completions/{of_anna}", json={"metadata": {"a": "b"}}).status_code
+        == 200
+    )
+    assert admin.delete(f"/v1/chat/completions/{of_anna}").status_code == 200
+    assert admin.delete(f"/v1/chat/completions/{own}").status_code == 200
+
+    entries = admin.get("/admin/audit").json()["data"]
+    assert [(entry["action"], entry["subject"]) for entry in entries] == [
+        ("answer_deleted", of_anna),
+        ("answer_changed", of_anna),
+    ]
