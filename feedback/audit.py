@@ -9,7 +9,7 @@ hold what people wrote.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select, text
@@ -44,6 +44,7 @@ def append(
     action: str,
     subject: str,
     key_id: str | None = None,
+    made_by: Sequence[Mapping[str, str | None]] = (),
     details: Mapping[str, Any] | None = None,
 ) -> AuditEntry:
     """Add an entry at the end of the chain; it becomes visible with the transaction that it
@@ -64,6 +65,7 @@ def append(
         at=now(),
         actor=actor,
         key_id=key_id,
+        made_by=[dict(maker) for maker in made_by] or None,
         action=action,
         subject=subject,
         details=facts,
@@ -84,17 +86,18 @@ def head(session: Session) -> tuple[int, str]:
 
 def build_hash(entry: AuditEntry) -> str:
     """sha256 over the previous hash and everything that the entry says; 64 hex digits."""
-    said = canonical_json(
-        {
-            "seq": entry.seq,
-            "at": entry.at.isoformat(timespec="microseconds"),
-            "actor": entry.actor,
-            "key_id": entry.key_id,
-            "action": entry.action,
-            "subject": entry.subject,
-            "details": entry.details,
-        }
-    )
+    facts = {
+        "seq": entry.seq,
+        "at": entry.at.isoformat(timespec="microseconds"),
+        "actor": entry.actor,
+        "key_id": entry.key_id,
+        "action": entry.action,
+        "subject": entry.subject,
+        "details": entry.details,
+    }
+    if entry.made_by is not None:  # entries of earlier versions have none
+        facts["made_by"] = entry.made_by
+    said = canonical_json(facts)
     return hashlib.sha256(f"{entry.previous_hash}\n{said}".encode()).hexdigest()
 
 

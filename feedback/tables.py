@@ -379,6 +379,8 @@ class AuditEntry(Base):
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     actor: Mapped[str]  #: a key's user, or `worker`, `gateway`
     key_id: Mapped[str | None]
+    #: who made that key, and the key of that one, and so on: `user`, `key_id`
+    made_by: Mapped[list[dict[str, str | None]] | None] = mapped_column(CanonicalJson)
     action: Mapped[str]
     subject: Mapped[str] = mapped_column(index=True)
     details: Mapped[dict[str, Any]] = mapped_column(CanonicalJson, default=dict)

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from feedback import audit
 from feedback.errors import Forbidden, NotFound
 from feedback.tables import Dataset, File
-from server.auth import Caller, Scope
+from server.auth import Caller, Scope, list_makers
 from tuner.tables import Adapter, Deployment, Evaluation, Job, Release
 
 
@@ -132,6 +132,7 @@ def append_audit(
         session,
         actor=caller.key.user,
         key_id=caller.key.id,
+        made_by=list_makers(session, caller.key.id),
         action=action,
         subject=subject,
         details=details,

@@ -17,6 +17,7 @@ from typing import Any
 from feedback import audit
 from feedback.db import now
 from feedback.errors import BadRequest, Conflict, NotFound
+from server.auth import list_makers
 from server.engines.fleet import Unfit
 from server.engines.proof import Outcome, Proof
 from server.gateway import Gateway
@@ -232,6 +233,7 @@ def _commit_promotion(
             session,
             actor=move.actor,
             key_id=move.key_id,
+            made_by=list_makers(session, move.key_id),
             action="promote",
             subject=release.name,
             details={
@@ -261,6 +263,7 @@ def _commit_rollback(gateway: Gateway, deployment: str, move: Move) -> Deploymen
             session,
             actor=move.actor,
             key_id=move.key_id,
+            made_by=list_makers(session, move.key_id),
             action="rollback",
             subject=f"{deployment}@{row.production}",
             details={

@@ -24,7 +24,8 @@ class Key(Base):
     end_users: Mapped[bool] = mapped_column(default=False)
     #: of `limits.Limits`, where they differ from the settings; a null in it lifts a limit
     limits: Mapped[dict[str, int | None] | None] = mapped_column(CanonicalJson)
-    created_by: Mapped[str | None]
+    created_by: Mapped[str | None]  #: a user; None: made on the machine itself
+    created_by_key: Mapped[str | None]  #: the key that this user had
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 

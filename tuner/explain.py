@@ -6,7 +6,7 @@ times and verdicts, never what people wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from typing import Any
 
@@ -79,19 +79,28 @@ def explain_release(session: Session, name: str) -> dict[str, Any]:
     }
 
 
-def explain_answer(session: Session, answer_id: str) -> dict[str, Any]:
-    """The release that answered, and what each verdict became; raises `NotFound`."""
+def explain_answer(
+    session: Session, answer_id: str, *, deployments: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The release that answered, and what each verdict became; raises `NotFound`.
+
+    Comparisons with answers of other deployments than these are left out; None: all of them stay.
+    """
     answer = session.get(Answer, answer_id)
     if answer is None:
         raise NotFound(f"No answer {answer_id!r}; its id is the one that the client received.")
     judgements = session.scalars(
         select(Judgement).where(Judgement.answer_id == answer.id).order_by(Judgement.id)
     )
-    comparisons = session.scalars(
+    compared = (
         select(Comparison)
         .where(or_(Comparison.answer_a == answer.id, Comparison.answer_b == answer.id))
         .order_by(Comparison.id)
     )
+    if deployments is not None:
+        seen = select(Answer.id).where(Answer.deployment.in_(deployments))
+        compared = compared.where(Comparison.answer_a.in_(seen), Comparison.answer_b.in_(seen))
+    comparisons = session.scalars(compared)
     return {
         "answer": {
             "id": answer.id,

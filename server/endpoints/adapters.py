@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from server import access
 from server.endpoints.fields import unix
 from server.sessions import CallerDep, ReadSession
+from tuner.tables import Job
 
 router = APIRouter(tags=["releases"])
 
@@ -37,6 +38,7 @@ class AdapterObject(TypedDict):
 def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> AdapterObject:
     """One adapter and the releases that answer with it."""
     row, releases = access.get_adapter(session, caller, adapter_id)
+    job = None if row.job_id is None else session.get(Job, row.job_id)
     return {
         "id": row.id,
         "object": "adapter",
@@ -49,7 +51,8 @@ def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> Ada
         "template_hash": row.template_hash,
         "bytes": row.bytes,
         "origin": row.origin,
-        "job_id": row.job_id,
+        # The same weights may come of a job for another deployment.
+        "job_id": row.job_id if job is None or access.sees(caller, job.deployment) else None,
         "releases": [release.name for release in releases],
         "created_at": unix(row.created_at),
     }

@@ -24,6 +24,7 @@ class AuditObject(TypedDict):
     at: str
     actor: str
     key_id: str | None
+    made_by: list[dict[str, str | None]]  # who made that key, and the key of that one, and so on
     action: str
     subject: str
     details: dict[str, Any]
@@ -53,6 +54,7 @@ def _entry(row: AuditEntry) -> AuditObject:
         "at": row.at.isoformat(timespec="microseconds"),  # as it is hashed
         "actor": row.actor,
         "key_id": row.key_id,
+        "made_by": row.made_by or [],
         "action": row.action,
         "subject": row.subject,
         "details": row.details,

@@ -40,4 +40,5 @@ def explain(subject: str, caller: CallerDep, session: ReadSession) -> dict[str, 
     """Explain a release (`assistant@3`) or an answer (`chatcmpl-…`)."""
     if "@" in subject:
         return explain_release(session, get_release(session, caller, subject).name)
-    return explain_answer(session, get_answer(session, subject, caller.viewer()).id)
+    answer = get_answer(session, subject, caller.viewer())
+    return explain_answer(session, answer.id, deployments=caller.key.deployments)

@@ -60,6 +60,7 @@ class KeyObject(TypedDict):
     end_users: bool
     limits: dict[str, int | None]
     created_by: str | None
+    created_by_key: str | None
     created_at: int
     revoked_at: int | None
 
@@ -107,6 +108,7 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
     with gateway.database.write() as session:
         for name in body.deployments or ():
             get_deployment(session, caller, name, param="deployments")
+        _check_user(session, caller, body.user)
         row, token = create_key(
             session,
             user=body.user,
@@ -116,6 +118,7 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
             limits=None if body.limits is None else body.limits.model_dump(exclude_unset=True),
             name=body.name,
             created_by=caller.key.user,
+            created_by_key=caller.key.id,
         )
         append_audit(
             session,
@@ -129,6 +132,19 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
             limits=row.limits,
         )
         return {**_key(row), "key": token}
+
+
+def _check_user(session: Session, caller: Caller, user: str) -> None:
+    """Raises Forbidden where a limited administrator names a user who has, or had, a key beyond
+    those limits: a second key would speak as the same person, whose uploads belong to no
+    deployment.
+    """
+    known = session.scalars(select(Key).where(Key.user == user))
+    if not all(_sees(caller, row) for row in known):
+        raise Forbidden(
+            f"{user!r} has keys beyond {', '.join(caller.key.deployments or ())}, to which this "
+            "key is limited; choose another 'user', or ask an administrator of all deployments"
+        )
 
 
 def _revoke(gateway: Gateway, caller: Caller, key_id: str) -> KeyObject:
@@ -175,6 +191,7 @@ def _key(row: Key) -> KeyObject:
         "end_users": row.end_users,
         "limits": row.limits or {},
         "created_by": row.created_by,
+        "created_by_key": row.created_by_key,
         "created_at": unix(row.created_at),
         "revoked_at": unix(row.revoked_at),
     }

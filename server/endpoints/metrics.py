@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
+from server.access import check_unlimited
 from server.metrics import CONTENT_TYPE, build_metrics
 from server.sessions import CallerDep, GatewayDep
 
@@ -12,6 +13,7 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def read_metrics(_caller: CallerDep, gateway: GatewayDep) -> PlainTextResponse:
+async def read_metrics(caller: CallerDep, gateway: GatewayDep) -> PlainTextResponse:
     """Figures of this gateway."""
+    check_unlimited(caller, "what a gateway counts")
     return PlainTextResponse(build_metrics(gateway), media_type=CONTENT_TYPE)

@@ -135,3 +135,43 @@ def test_a_key_s_own_limits_are_kept_and_shown(running_gateway: RunningGateway) 
         assert made.status_code == 201
         assert made.json()["limits"] == (limits or {})
         assert admin.get("/admin/keys").json()["data"][0]["limits"] == (limits or {})
+
+
+def test_a_limited_administrator_makes_no_key_for_people_beyond_their_limits(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    for user, more in (("anna", {}), ("bea", {"deployments": ["assistant", "other"]})):
+        sqlite_gateway.key(user, **more)
+    sqlite_gateway.key("carl", deployments=["assistant"])
+    limited = sqlite_gateway.client(sqlite_gateway.key("bo", "admin", deployments=["assistant"]))
+
+    def make(user: str) -> int:
+        body = {"user": user, "scopes": ["chat"], "deployments": ["assistant"]}
+        return limited.post("/admin/keys", json=body).status_code
+
+    # A key beyond the limits makes its user one of those beyond, in force or not.
+    assert [make(user) for user in ("admin", "worker", "anna", "bea")] == [403] * 4
+    assert [make(user) for user in ("carl", "bo", "somebody new")] == [201] * 3
+
+
+def test_whoever_made_a_key_stands_beside_the_actor_in_the_audit_log(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    admin = sqlite_gateway.client()
+    first = admin.get("/admin/whoami").json()["key_id"]
+    made = {}
+    maker = admin
+    for user in ("bo", "carl"):
+        body = {"user": user, "scopes": ["admin"]}
+        made[user] = maker.post("/admin/keys", json=body).json()
+        maker = sqlite_gateway.client(made[user]["key"])
+    maker.post("/admin/keys", json={"user": "dora", "scopes": ["chat"]})
+
+    entries = admin.get("/admin/audit").json()["data"]
+
+    assert [entry["actor"] for entry in entries] == ["carl", "bo", "admin"]
+    by_admin = {"user": "admin", "key_id": first}
+    assert entries[0]["key_id"] == made["carl"]["id"]
+    assert entries[0]["made_by"] == [{"user": "bo", "key_id": made["bo"]["id"]}, by_admin]
+    assert entries[1]["made_by"] == [by_admin]
+    assert entries[2]["made_by"] == []  # a key that was made on the machine

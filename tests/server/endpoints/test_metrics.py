@@ -148,3 +148,12 @@ def test_the_dashboard_shows_figures_that_exist_and_leaves_none_out(
     text = sqlite_gateway.client().get("/metrics").text
     declared = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
     assert shown == declared - {"burnish_gateway_stopping"}
+
+
+def test_a_key_that_is_limited_to_deployments_does_not_read_them(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    limited = sqlite_gateway.client(sqlite_gateway.key("bo", "admin", deployments=["assistant"]))
+    reply = limited.get("/metrics")
+    assert reply.status_code == 403
+    assert "limited to assistant" in reply.json()["error"]["message"]
