@@ -1,9 +1,10 @@
 """Kept connections to one engine, for the requests that people wait for.
 
 Owns: HTTP/1.1 on a socket, as far as a POST to vLLM needs it: connections that are used again,
-bounded buffers, a limit to silence. Parsing is httptools'. aiohttp, which asks everything else
-(`vllm.py`), does more for a request than is needed here; decision 0011 has the figures. Does not
-own: what an answer means, retries.
+bounded buffers, a limit to silence. A kept connection that ends before a byte of the reply has come
+is no failure of the engine: the request goes out once more, on a new one. Parsing is httptools'.
+aiohttp, which asks everything else (`vllm.py`), does more for a request than is needed here;
+decision 0011 has the figures. Does not own: what an answer means, other retries.
 """
 
 from __future__ import annotations
@@ -59,14 +60,18 @@ class Connections:
         while self._idle:
             self._idle.pop().close()
 
-    async def take(self) -> _Connection:
-        """An idle connection, the one used last, or a new one. Raises EngineUnreachable."""
+    def take_kept(self) -> _Connection | None:
+        """An idle connection, the one used last; None where there is none."""
         freshest = asyncio.get_running_loop().time() - KEEP_ALIVE_SECONDS
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open and connection.idle_since > freshest:
                 return connection
             connection.close()
+        return None
+
+    async def connect(self) -> _Connection:
+        """A new connection. Raises EngineUnreachable."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -97,28 +102,49 @@ class Connections:
 class Posted:
     """A request and its reply: `async with` sends it and gives the reply when that begins.
 
-    Leaving before the reply's end closes the connection.
+    Leaving before the reply's end was read closes the connection.
     """
 
-    __slots__ = ("_connection", "_connections", "_request", "_timeout")
+    __slots__ = ("_connection", "_connections", "_is_read", "_request", "_timeout")
 
     def __init__(self, connections: Connections, request: bytes, timeout_seconds: float) -> None:
         self._connections = connections
         self._request = request
         self._timeout = timeout_seconds
         self._connection: _Connection | None = None
+        self._is_read = False
 
     async def __aenter__(self) -> EngineReply:
-        connection = self._connection = await self._connections.take()
+        connection = self._connections.take_kept()
+        if connection is not None and await self._ask(connection):
+            return self._begin(connection)
+        connection = await self._connections.connect()
+        if not await self._ask(connection):
+            raise self._connections.unreachable(connection.failure or "no reply began")
+        return self._begin(connection)
+
+    async def _ask(self, connection: _Connection) -> bool:
+        """Send the request and wait for the head of its reply.
+
+        False where the connection ended before a byte of it came. Raises EngineUnreachable for
+        every other failure.
+        """
         try:
             connection.ask(self._request, self._timeout)
             while connection.status is None:
                 if connection.failure is not None:
+                    if connection.ended_unheard:
+                        return False
                     raise self._connections.unreachable(connection.failure)
                 await connection.news()
         except BaseException:
             connection.close()
             raise
+        return True
+
+    def _begin(self, connection: _Connection) -> EngineReply:
+        assert connection.status is not None
+        self._connection = connection
         return EngineReply(connection.status, connection.headers, self)
 
     async def __aexit__(
@@ -128,7 +154,10 @@ class Posted:
         at: TracebackType | None,
     ) -> None:
         assert self._connection is not None
-        self._connections.give_back(self._connection)
+        if self._is_read:
+            self._connections.give_back(self._connection)
+        else:
+            self._connection.close()
 
     def __aiter__(self) -> Posted:
         return self
@@ -139,6 +168,7 @@ class Posted:
         assert connection is not None
         while not connection.pieces:
             if connection.is_complete:
+                self._is_read = True
                 raise StopAsyncIteration
             if connection.failure is not None:
                 raise self._connections.unreachable(connection.failure)
@@ -161,6 +191,8 @@ class _Connection(asyncio.Protocol):
         self._buffered = 0
         self._ends_with_connection = False
         self._may_be_kept = False
+        self._has_heard = False
+        self._was_lost = False
         self.idle_since = 0.0
         self.status: int | None = None
         self.headers: dict[str, str] = {}
@@ -176,11 +208,17 @@ class _Connection(asyncio.Protocol):
             and not self._transport.is_closing()
         )
 
+    @property
+    def ended_unheard(self) -> bool:
+        """The other side ended the connection before it said anything to the present request."""
+        return self._was_lost and not self._has_heard
+
     def ask(self, request: bytes, silence_seconds: float) -> None:
         """Send a request; after `silence_seconds` in which nothing comes it has failed."""
         assert self._transport is not None
         self.status, self.headers, self.is_complete = None, {}, False
         self._ends_with_connection = self._may_be_kept = self._is_paused = False
+        self._has_heard = False
         self.pieces, self._buffered = [], 0
         self._parser = httptools.HttpResponseParser(self)
         self._silence_seconds = silence_seconds
@@ -218,6 +256,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
+        self._has_heard = True
         if self._parser is None or self.is_complete:
             self._fail("it sent what nobody asked for")
             return
@@ -236,6 +275,8 @@ class _Connection(asyncio.Protocol):
         self._stop_timer()
         if not self.is_complete and self._ends_with_connection and exc is None:
             self.is_complete = True
+        # Silence and nonsense have been named before; then it was we who ended it.
+        self._was_lost = self.failure is None
         self.failure = self.failure or f"the connection ended{f': {exc}' if exc else ''}"
         self._tell()
 

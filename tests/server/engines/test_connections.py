@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
+import struct
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -178,6 +180,79 @@ async def test_a_wait_that_is_cancelled_closes_the_connection() -> None:
 
 async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.close()
+
+
+async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    linger = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+
+
+def after_the_first(then: Serve) -> Serve:
+    """Answers the first request of each connection; does `then` with every later one."""
+    met: set[asyncio.StreamWriter] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if writer in met:
+            await then(reader, writer)
+        else:
+            met.add(writer)
+            writer.write(HELLO)
+
+    return serve
+
+
+@pytest.mark.parametrize("end", [hang_up, reset])
+async def test_a_kept_connection_that_had_ended_is_replaced_by_a_new_one(end: Serve) -> None:
+    async with peer(after_the_first(end)) as (server_side, pool):
+        for count in (1, 2, 3):
+            assert (await post(pool, b'{"a": 1}'))[1] == b"hello"
+            assert server_side.connections == count
+        assert {request.rpartition(b"\r\n")[2] for request in server_side.requests} == {b'{"a": 1}'}
+
+
+@pytest.mark.parametrize("end", [hang_up, reset])
+async def test_a_new_connection_that_ends_is_not_replaced(end: Serve) -> None:
+    async with peer(end) as (server_side, pool):
+        with pytest.raises(EngineUnreachable, match="the connection ended"):
+            await post(pool)
+        assert server_side.connections == len(server_side.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("then", "why"),
+    [(says(b"HTTP/1.1 2"), "silent for 0.2 s"), (says(), "silent for 0.2 s")],
+    ids=["a reply that began", "silence"],
+)
+async def test_a_kept_connection_that_fails_otherwise_is_not_replaced(
+    then: Serve, why: str
+) -> None:
+    async with peer(after_the_first(then)) as (server_side, pool):
+        await post(pool)
+        with pytest.raises(EngineUnreachable, match=why):
+            await post(pool, seconds=0.2)
+        assert server_side.connections == 1
+
+
+async def test_a_reply_that_broke_off_on_a_kept_connection_is_not_asked_for_again() -> None:
+    async def begin_and_end(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1")
+        writer.close()
+
+    async with peer(after_the_first(begin_and_end)) as (server_side, pool):
+        await post(pool)
+        with pytest.raises(EngineUnreachable, match="the connection ended"):
+            await post(pool)
+        assert len(server_side.requests) == 2
+
+
+async def test_a_reply_whose_end_was_not_read_leaves_no_kept_connection() -> None:
+    async with peer(says(HELLO)) as (server_side, pool):
+        asked = pool.post("/v1/x", b"{}", headers={}, timeout_seconds=5)
+        async with asked as reply:
+            assert await anext(reply.body) == b"hello"
+        assert (await post(pool))[1] == b"hello"
+        assert server_side.connections == 2
 
 
 @pytest.mark.parametrize(
