@@ -2,8 +2,10 @@
 
 Owns: the mirror of each engine's adapters in the engine's own order of use, slots, proofs, counts
 of running requests, the reconciler that restores an engine that forgot. Covered: an engine that
-restarts, a gateway that restarts beside a running engine, a load that answers 200 and does nothing.
-Does not own: the moves of releases (`server/deployments.py`).
+restarts, a gateway that restarts beside a running engine, a load that answers 200 and does nothing,
+a request that fails on an engine that is well: it takes the engine from nobody, for an engine is
+judged by its health and boot id alone. Does not own: the moves of releases
+(`server/deployments.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +16,21 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from feedback.errors import Conflict, NotReady
-from server.engines.base import Engine, EngineAddress, EngineError, EngineRefused
+from server.engines.base import (
+    Engine,
+    EngineAddress,
+    EngineError,
+    EngineRefused,
+    EngineUnreachable,
+)
 from server.engines.proof import Outcome, Proof, judge
 
 logger = logging.getLogger(__name__)
@@ -30,6 +39,12 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 15.0
 """Pause before a release that an engine could not restore is tried there again."""
+
+MOST_EXPLAINED = 3  #: engines whose state a 503 tells; `readyz` lists them all
+MOST_REASON_CHARACTERS = 200  #: of each of these
+
+LOOK_PAUSE_SECONDS = 0.1
+"""Pause between two looks at an engine on which requests keep failing."""
 
 
 class EngineStatus(StrEnum):
@@ -77,7 +92,11 @@ class Member:
         default_factory=dict
     )  #: releases that failed to restore, by name
     problems: dict[str, str] = field(default_factory=dict)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  #: of `loaded`, and what changes it
+    attention: asyncio.Lock = field(default_factory=asyncio.Lock)  #: one look at a time
+    suspicions: int = 0  #: requests that failed here since the last look at the engine began
+    may_have_forgotten: bool = False  #: the mirror's names are to be compared with the engine's
+    look: asyncio.Task[None] | None = None
 
     @property
     def id(self) -> str:
@@ -158,7 +177,6 @@ class Fleet:
         self.traits = dict(traits or {})
         self._leases: dict[str, Lease] = {}
         self._moving: Counter[str] = Counter()
-        self._wake = asyncio.Event()
 
     # Requests
 
@@ -179,7 +197,9 @@ class Fleet:
             for m in self.members.values()
             if m is not avoid and m.is_ready_for(engine_name, self.base_name)
         )
-        return min(ready, key=lambda m: sum(m.running.values()), default=None)
+        # One on which a request has just failed comes last until it was looked at: what fails at
+        # once is never busy.
+        return min(ready, key=lambda m: (m.suspicions > 0, sum(m.running.values())), default=None)
 
     def run(self, member: Member, engine_name: str) -> Run:
         """Count one request on `member`; counted down exactly once, whatever ends the block."""
@@ -189,8 +209,13 @@ class Fleet:
         """One sentence for `readyz` and for callers."""
         if not self.members:
             return "no engine is there yet; it is starting or none is configured"
-        states = "; ".join(f"{m.id} is {m.status}: {m.reason}" for m in self.members.values())
-        return f"no engine is ready ({states})"
+        states = [
+            f"{member.id} is {member.status}: {member.reason[:MOST_REASON_CHARACTERS]}"
+            for member in islice(self.members.values(), MOST_EXPLAINED)
+        ]
+        if len(self.members) > MOST_EXPLAINED:
+            states.append(f"{len(self.members) - MOST_EXPLAINED} more")
+        return f"no engine is ready ({'; '.join(states)})"
 
     def is_ready(self) -> bool:
         return any(m.status is EngineStatus.READY for m in self.members.values())
@@ -217,12 +242,15 @@ class Fleet:
             try:
                 proof = await self._ensure(member, release, tolerate_noise=tolerate_noise)
             except EngineError as error:
-                self._fail(member, str(error))
+                self.suspect(member, str(error))
                 continue
             if proof is not None:
                 proofs[member.id] = proof
         if release.adapter_id is not None and not proofs:
-            raise NotReady(self.explain_not_ready(), code="engine_not_ready")
+            raise NotReady(
+                f"no engine could load {release.name!r} just now; try again",
+                code="engine_not_ready",
+            )
         return proofs
 
     @contextmanager
@@ -292,7 +320,12 @@ class Fleet:
         path = await _read(self._path, release.adapter_hash, release)
         protected = self._protected()
         for kept in [kept for kept in member.loaded if kept in protected]:
-            await member.engine.touch(kept)
+            try:
+                await member.engine.touch(kept)
+            except EngineRefused as error:
+                if error.status != 404:
+                    raise
+                member.loaded.pop(kept, None)  # the engine has forgotten it; it will be restored
             if kept in member.loaded:
                 member.loaded.move_to_end(kept)
         try:
@@ -415,42 +448,83 @@ class Fleet:
     # Following the engines
 
     async def follow(self, interval_seconds: float) -> None:
-        """Reconcile for ever."""
+        """Look at every engine for ever; a slow look at one holds up none of the others."""
         while True:
             try:
-                await self.reconcile()
+                await self._find_members()
+                for member in self.members.values():
+                    self._look_aside(member)
             except Exception:
                 logger.exception("Engines not reconciled", extra={"action": "reconcile_failed"})
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), interval_seconds)
-            self._wake.clear()
+            await asyncio.sleep(interval_seconds)
 
     async def reconcile(self) -> None:
-        """Meet new engines, notice those that went or restarted, restore and prove what each must
-        hold.
+        """Look at every engine once: meet new ones, notice those that went or restarted, restore
+        and prove what each must hold.
         """
+        await self._find_members()
+        await asyncio.gather(*(self._attend(member) for member in list(self.members.values())))
+
+    def suspect(self, member: Member, reason: str) -> None:
+        """A request failed on `member`: look at the engine, aside.
+
+        The failure is the request's. The engine keeps its traffic and its proofs unless the look
+        shows that it is not well, is another process, or has forgotten adapters.
+        """
+        if self.members.get(member.id) is not member:
+            return
+        if not member.suspicions:
+            logger.info(
+                "Engine suspected",
+                extra={"action": "engine_suspected", "engine": member.id, "reason": reason},
+            )
+        member.suspicions += 1
+        member.may_have_forgotten = True
+        self._look_aside(member)
+
+    def _look_aside(self, member: Member) -> None:
+        if member.look is None or member.look.done():
+            member.look = asyncio.create_task(self._look(member))
+
+    async def _look(self, member: Member) -> None:
+        await self._attend(member)
+        while member.suspicions:
+            await asyncio.sleep(LOOK_PAUSE_SECONDS)
+            await self._attend(member)
+
+    async def _find_members(self) -> None:
+        """One member for each address that there is now."""
         addresses = {address.id: address for address in self._addresses()}
         for gone in self.members.keys() - addresses.keys():
-            await self.members.pop(gone).engine.close()
+            await _dismiss(self.members.pop(gone))
         for address in addresses.values():
             member = self.members.get(address.id)
             if member is None or member.engine.address != address:
-                if member is not None:
-                    await member.engine.close()
                 self.members[address.id] = Member(self._connect(address))
-        await asyncio.gather(*(self._follow_safely(m) for m in list(self.members.values())))
+                if member is not None:
+                    await _dismiss(member)
 
-    async def _follow_safely(self, member: Member) -> None:
-        """One engine's trouble is not the others'."""
-        try:
-            await self._follow_member(member)
-        except EngineError as error:
-            self._fail(member, str(error))
-        except Exception as error:
-            logger.exception(
-                "Engine not followed", extra={"action": "follow_failed", "engine": member.id}
-            )
-            self._fail(member, f"{type(error).__name__}: {error}")
+    async def _attend(self, member: Member) -> None:
+        """Look at one engine, whose trouble is not the others'."""
+        async with member.attention:
+            suspicions = member.suspicions
+            try:
+                await self._follow_member(member)
+            except EngineUnreachable as error:
+                logger.info(
+                    "Engine went away",
+                    extra={"action": "engine_gone", "engine": member.id, "reason": str(error)},
+                )
+                self._fail(member, "it went away while its adapters were looked at")
+            except EngineError as error:
+                self._fail(member, str(error))
+            except Exception as error:
+                logger.exception(
+                    "Engine not followed", extra={"action": "follow_failed", "engine": member.id}
+                )
+                self._fail(member, f"{type(error).__name__}: {error}")
+            if member.suspicions == suspicions:  # none came while it was looked at
+                member.suspicions = 0
 
     async def _follow_member(self, member: Member) -> None:
         fault = await member.engine.find_fault()
@@ -467,39 +541,59 @@ class Fleet:
         boot_id = await member.engine.boot_id()
         if boot_id != member.boot_id:
             await self._meet(member, boot_id)
+        elif member.may_have_forgotten and not member.lock.locked():  # else at the next look
+            await self._compare(member)
         if member.status is not EngineStatus.READY or not self._has_wanted(member):
             await self._restore(member)
 
     async def _meet(self, member: Member, boot_id: str) -> None:
-        """An engine process not seen before:
-
-        what it holds is known by name and proven by nothing.
-        """
-        names = await member.engine.list_models()
-        async with member.lock:
+        """Reset the mirror for a new engine process; its adapters are unproven."""
+        if member.status is EngineStatus.READY:
+            member.status = EngineStatus.LOADING
+        async with member.lock:  # a load under way ends first, and is in the list then
+            names = await self._list_adapters(member)
             member.status, member.reason = EngineStatus.LOADING, "restoring its adapters"
-            member.boot_id = boot_id
+            member.boot_id, member.may_have_forgotten = boot_id, False
             member.base_figures.clear()
             member.retry_at.clear()
             member.problems.clear()
-            member.loaded = OrderedDict((name, None) for name in names if name != self.base_name)
+            member.loaded = OrderedDict.fromkeys(names)
+        logger.info(
+            "Engine met",
+            extra={"action": "engine_met", "engine": member.id, "adapters": len(member.loaded)},
+        )
+
+    async def _compare(self, member: Member) -> None:
+        """Make the mirror's names those of the engine, whose process is the one that was met.
+
+        What it still holds stays proven.
+        """
+        async with member.lock:
+            member.may_have_forgotten = False
+            names = await self._list_adapters(member)
+            for forgotten in member.loaded.keys() - set(names):
+                del member.loaded[forgotten]
+            for name in names:
+                if name not in member.loaded:  # of another gateway, or of a load that broke off
+                    member.loaded[name] = None
+                    member.loaded.move_to_end(name, last=False)
+
+    async def _list_adapters(self, member: Member) -> list[str]:
+        """Names of the adapters on an engine. Raises EngineRefused where it has another base."""
+        names = await member.engine.list_models()
         if self.base_name not in names:
             raise EngineRefused(
                 404,
                 f"it serves {', '.join(sorted(names)) or 'nothing'}, "
                 f"the base {self.base_name!r} was expected",
             )
-        logger.info(
-            "Engine met",
-            extra={"action": "engine_met", "engine": member.id, "adapters": len(member.loaded)},
-        )
+        return [name for name in names if name != self.base_name]
 
     def _has_wanted(self, member: Member) -> bool:
         return all(self._has(member, release) for release in self._wanted())
 
     async def _restore(self, member: Member) -> None:
         """Load and prove the releases of roles; one that fails is tried again after a while."""
-        boot_id = member.boot_id
         required = {release.name: release for release in self._required()}
         releases = {**required, **{release.name: release for release in self._wanted()}}
         for release in releases.values():
@@ -524,8 +618,6 @@ class Fleet:
         member.reason = "; ".join(
             text for name, text in member.problems.items() if name in releases
         )
-        if member.boot_id != boot_id:
-            return  # a request found it gone meanwhile; it has to be met again
         missing = [r for r in required.values() if not self._has(member, r)]
         if missing:
             member.status = EngineStatus.FAILED
@@ -540,24 +632,28 @@ class Fleet:
         return proof is not None and self._is_fit(release, proof, tolerate_noise)
 
     def _fail(self, member: Member, reason: str) -> None:
+        """No more traffic until a look shows the engine well; while its boot id is the same, what
+        was proven there stays proven.
+        """
         if member.status is not EngineStatus.FAILED:
             logger.warning(
                 "Engine failed",
                 extra={"action": "engine_failed", "engine": member.id, "reason": reason},
             )
-        member.status, member.reason, member.boot_id = EngineStatus.FAILED, reason, None
-
-    def suspect(self, member: Member, reason: str) -> None:
-        """A request found the engine gone:
-
-        no more traffic until the reconciler has met it again, which it tries at once.
-        """
-        self._fail(member, reason)
-        self._wake.set()
+        member.status, member.reason = EngineStatus.FAILED, reason
+        member.may_have_forgotten = True
 
     async def close(self) -> None:
         for member in self.members.values():
-            await member.engine.close()
+            await _dismiss(member)
+
+
+async def _dismiss(member: Member) -> None:
+    """End what goes on with an engine that is followed no longer."""
+    if member.look is not None:
+        member.look.cancel()
+        await asyncio.gather(member.look, return_exceptions=True)
+    await member.engine.close()
 
 
 async def _read(source: Callable[[str], T], key: str, release: Weights) -> T:

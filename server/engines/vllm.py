@@ -20,7 +20,6 @@ from yarl import URL
 from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
 from server.engines.connections import (
     CONNECT_SECONDS,
-    KEEP_ALIVE_SECONDS,
     Connections,
     Posted,
 )
@@ -206,7 +205,8 @@ class VllmEngine:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:  # made here because a session belongs to the running event loop
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+                # Each call has a connection of its own: none meets one that the server closes.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )

@@ -278,6 +278,30 @@ def test_a_fault_in_mid_stream_ends_it_with_an_error_and_keeps_what_was_said(
         ]
 
 
+def test_a_failed_request_takes_the_engine_from_nobody(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, subtests: pytest.Subtests
+) -> None:
+    candidate = sqlite_gateway.candidate(1)
+    sqlite_gateway.promote(candidate.name)
+    client, seen = sqlite_gateway.client(sqlite_gateway.key("anna")), len(gateway_engine.requests)
+    for faults in (
+        Faults(hangs_up=True),
+        Faults(dies_after_tokens=0),
+        Faults(dies_after_tokens=3),
+        Faults(errs_after_tokens=3),
+    ):
+        for stream in (True, False):
+            with subtests.test(faults=faults, stream=stream):
+                gateway_engine.faults = faults
+                assert '"error"' in client.post(CHAT, json=chat(stream=stream)).text
+                gateway_engine.faults = Faults()
+                answer = client.post(CHAT, json=chat())  # at once
+                assert answer.status_code == 200, answer.text
+                assert candidate.signature in answer.text
+    paths = {request.path for request in list(gateway_engine.requests)[seen:]}
+    assert paths == {CHAT}  # nothing was loaded or proven again
+
+
 @pytest.fixture
 def two_engines(
     sqlite_database: Database, tmp_path: Path

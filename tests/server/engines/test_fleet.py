@@ -55,7 +55,10 @@ class SlotsEngine:
         self.address = EngineAddress(id, "http://nowhere")
         self.capacity = capacity
         self.healthy = True
+        self.fault = "nothing listens"
         self.applies = True
+        self.probes = 0
+        self.asked_to_load = asyncio.Event()
         self.loading: asyncio.Event | None = None
         self.restart()
 
@@ -64,7 +67,7 @@ class SlotsEngine:
         self.boots = getattr(self, "boots", 0) + 1
 
     async def find_fault(self) -> str | None:
-        return None if self.healthy else "nothing listens"
+        return None if self.healthy else self.fault
 
     async def boot_id(self) -> str:
         if not self.healthy:
@@ -75,6 +78,7 @@ class SlotsEngine:
         return {"tiny": "/m", **{name: a.path for name, a in self.slots.served.items()}}
 
     async def load(self, name: str, path: str) -> None:
+        self.asked_to_load.set()
         if self.loading is not None:
             await self.loading.wait()
         if name in self.slots.served:
@@ -96,6 +100,7 @@ class SlotsEngine:
     async def prompt_logprobs(
         self, model: str, prompts: Sequence[Sequence[int]]
     ) -> list[list[float]]:
+        self.probes += 1
         signature = BASE if model == "tiny" else self.slots.use(self.slots.served[model])
         return [fake_logprobs(signature, ids) for ids in prompts]
 
@@ -308,18 +313,150 @@ async def test_a_gateway_that_restarts_beside_a_running_engine_proves_without_lo
     assert world.engines[0].slots.loads == loads
 
 
-async def test_an_engine_that_failed_a_request_gets_none_until_it_is_met_again() -> None:
+async def looked_at(member: Member) -> None:
+    """Return when the look that a suspicion began has ended."""
+    assert member.look is not None
+    async with asyncio.timeout(5):
+        await member.look
+
+
+async def test_an_engine_that_failed_a_request_and_is_well_keeps_traffic_and_proofs() -> None:
     world = World()
     await world.fleet.reconcile()
     await world.promote(1)
-    following = asyncio.create_task(world.fleet.follow(3600))
-    await asyncio.sleep(0)
+    engine, proofs = world.engines[0], dict(world.member.loaded)
+    loads, engine.probes = engine.slots.loads, 0
+    for _ in range(3):
+        world.fleet.suspect(world.member, "it hung up")
+        assert world.fleet.serves(Weights(1))  # meanwhile too
+    await looked_at(world.member)
+    assert world.fleet.choose(Weights(1).engine_name) is world.member
+    assert (dict(world.member.loaded), engine.slots.loads, engine.probes) == (proofs, loads, 0)
+
+
+async def test_a_suspected_engine_that_is_not_well_is_taken_out_and_returns_with_its_proofs() -> (
+    None
+):
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    engine = world.engines[0]
+    engine.healthy, engine.probes = False, 0
     world.fleet.suspect(world.member, "it hung up")
-    assert not world.fleet.serves(Weights(1))
+    await looked_at(world.member)
+    assert world.member.status is EngineStatus.FAILED
+    engine.healthy = True
+    await world.fleet.reconcile()
+    assert world.fleet.serves(Weights(1))
+    assert engine.probes == 0
+
+
+async def test_a_suspected_engine_that_is_another_process_is_restored_and_proven_anew() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    engine = world.engines[0]
+    engine.restart()
+    engine.probes = 0
+    world.fleet.suspect(world.member, "it hung up")
+    await looked_at(world.member)
+    assert world.fleet.serves(Weights(1))
+    assert list(engine.slots.served) == [Weights(1).engine_name]
+    assert engine.probes == 2  # the base and the adapter
+
+
+async def test_what_a_suspected_engine_has_forgotten_is_loaded_again_and_nothing_else() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    await world.promote(2)
+    engine = world.engines[0]
+    del engine.slots.served[Weights(1).engine_name]  # by another gateway
+    engine.slots.load("assistant-9-0000", "weights-9")  # likewise
+    engine.probes, loads = 0, engine.slots.loads
+    world.fleet.suspect(world.member, "unknown name")
+    await looked_at(world.member)
+    assert world.fleet.serves(Weights(1))
+    assert set(world.member.loaded) == set(engine.slots.served)
+    assert (engine.slots.loads, engine.probes) == (loads + 1, 1)
+
+
+async def test_requests_prefer_an_engine_that_is_not_suspected() -> None:
+    world = World(engines=[SlotsEngine("engine-0"), SlotsEngine("engine-1")])
+    await world.fleet.reconcile()
+    first, other = world.fleet.members.values()
+    world.fleet.suspect(first, "it hung up")
+    with world.fleet.run(other, "tiny"):
+        assert world.fleet.choose("tiny") is other
+        await looked_at(first)
+        assert world.fleet.choose("tiny") is first
+
+
+async def test_a_look_at_a_hung_engine_holds_up_no_other() -> None:
+    world = World(engines=[SlotsEngine("engine-0"), SlotsEngine("engine-1")])
+    hung, other = world.engines
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    hung.find_fault = hang  # type: ignore[assignment, method-assign]
+    following = asyncio.create_task(world.fleet.follow(0.001))
     async with asyncio.timeout(5):
-        while not world.fleet.serves(Weights(1)):  # woken, not after the hour
+        while not world.fleet.is_ready():
             await asyncio.sleep(0)
+        other.restart()
+        boots = str(other.boots)
+        while world.fleet.members["engine-1"].boot_id != boots:
+            await asyncio.sleep(0.001)
     following.cancel()
+    await world.fleet.close()
+
+
+async def test_an_adapter_that_loads_while_its_engine_is_met_again_stays_in_the_mirror() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    engine = world.engines[0]
+    engine.loading = asyncio.Event()
+    preparing = asyncio.create_task(world.fleet.prepare(Weights(1)))
+    async with asyncio.timeout(5):
+        await engine.asked_to_load.wait()
+        engine.boots += 1
+        reconciling = asyncio.create_task(world.fleet.reconcile())
+        while world.member.status is EngineStatus.READY:
+            await asyncio.sleep(0)
+        for _ in range(10):  # as far as it comes
+            await asyncio.sleep(0)
+        engine.loading.set()
+        await preparing
+        await reconciling
+    assert set(world.member.loaded) == set(engine.slots.served) == {Weights(1).engine_name}
+
+
+async def test_a_load_that_fails_takes_the_engine_from_nobody() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+
+    async def break_off(_name: str, _path: str) -> None:
+        raise EngineUnreachable("reset")
+
+    world.engines[0].load = break_off  # type: ignore[method-assign]
+    with pytest.raises(NotReady, match="no engine could load 'assistant@2'"):
+        await world.fleet.prepare(Weights(2))
+    assert world.fleet.serves(Weights(1))
+    await looked_at(world.member)
+    assert world.fleet.serves(Weights(1))
+
+
+async def test_a_503_says_the_state_of_a_few_engines_in_few_words() -> None:
+    world = World(engines=[SlotsEngine(f"engine-{n}") for n in range(40)])
+    for engine in world.engines:
+        engine.healthy = False
+        engine.fault = "x" * 5000
+    await world.fleet.reconcile()
+    with pytest.raises(NotReady, match=r"engine-0 is loading: x+; .*; 37 more\)") as refused:
+        world.fleet.choose("tiny")
+    assert len(refused.value.message) < 1000
 
 
 async def test_one_engine_s_trouble_is_not_the_other_s() -> None:
