@@ -80,17 +80,17 @@ def compare(
         owner = next(answer.person_id for answer in answers if answer.id == answer_a)
         person_id = speaker_of(session, viewer, owner)
     take_turn(session, person_id)
-    comparison = session.scalar(
-        select(Comparison).where(
-            Comparison.person_id == person_id,
-            Comparison.answer_a == answer_a,
-            Comparison.choice_a == choice_a,
-            Comparison.answer_b == answer_b,
-            Comparison.choice_b == choice_b,
-            Comparison.source_type == new.source_type,
-            Comparison.source_id == new.source_id,
-        )
+    query = select(Comparison).where(
+        Comparison.person_id == person_id,
+        Comparison.answer_a == answer_a,
+        Comparison.choice_a == choice_a,
+        Comparison.answer_b == answer_b,
+        Comparison.choice_b == choice_b,
+        Comparison.source_type == new.source_type,
     )
+    if new.source_type != SourceType.HUMAN:  # a person is one, through whatever they say it
+        query = query.where(Comparison.source_id == new.source_id)
+    comparison = session.scalar(query)
     repeated = _find_said(session, person_id, client_id)
     if repeated is not None:
         if comparison is None or repeated.comparison_id != comparison.id:
@@ -114,13 +114,13 @@ def compare(
             answer_b=answer_b,
             choice_b=choice_b,
             source_type=new.source_type,
-            source_id=new.source_id,
             revision=0,
             created_at=now(),
         )
         session.add(comparison)
     elif comparison.preferred == preferred and comment in (None, comparison.comment):
         return comparison, False
+    comparison.source_id = new.source_id
     _say(session, comparison, preferred, comment, key_id=viewer.key_id, client_id=client_id)
     return comparison, created
 

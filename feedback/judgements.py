@@ -34,6 +34,7 @@ from feedback.tables import (
     SourceType,
 )
 from feedback.verdicts import (
+    MAX_SIGNALS,
     check_comment,
     check_id,
     check_kind,
@@ -86,7 +87,8 @@ def judge(
 
     It counts for `person_id`; by default for whoever got the answer where the viewer speaks for
     that person, else for the viewer. There is one judgement per (target, choice, kind, name,
-    source, person): the same value again changes nothing, another value makes a new revision, None
+    source type, person), of judges and code also by source id; of signals at most `MAX_SIGNALS`
+    names. The same value again changes nothing, another value makes a new revision, None
     withdraws. A `client_id` that was seen before on the same judgement with the same value is a
     repetition and changes nothing even when newer ones came between.
 
@@ -105,17 +107,18 @@ def judge(
     person_id = person_id or speaker_of(session, viewer, target.owner_id)
     take_turn(session, person_id)
 
-    judgement = session.scalar(
-        select(Judgement).where(
-            Judgement.target_id == target.id,
-            Judgement.choice_index == new.choice_index,
-            Judgement.kind == kind,
-            Judgement.name == new.name,
-            Judgement.source_type == new.source_type,
-            Judgement.source_id == new.source_id,
-            Judgement.person_id == person_id,
-        )
+    of_choice = (
+        Judgement.target_id == target.id,
+        Judgement.choice_index == new.choice_index,
+        Judgement.kind == kind,
+        Judgement.person_id == person_id,
     )
+    query = select(Judgement).where(
+        *of_choice, Judgement.name == new.name, Judgement.source_type == new.source_type
+    )
+    if new.source_type != SourceType.HUMAN:  # a person is one, through whatever they say it
+        query = query.where(Judgement.source_id == new.source_id)
+    judgement = session.scalar(query)
     repeated = _find_said(session, person_id, client_id)
     if repeated is not None:
         if judgement is None or repeated.judgement_id != judgement.id:
@@ -131,6 +134,8 @@ def judge(
     if judgement is None:
         if value is None:
             raise NotFound(f"there is no {kind} of {target.id!r} to withdraw", param="value")
+        if kind == JudgementKind.SIGNAL:
+            _check_signals(session, of_choice, new.name)
         judgement = Judgement(
             id=new_id("fb_"),
             person_id=person_id,
@@ -141,7 +146,6 @@ def judge(
             kind=kind,
             name=new.name,
             source_type=new.source_type,
-            source_id=new.source_id,
             revision=0,
             created_at=now(),
         )
@@ -156,11 +160,24 @@ def judge(
             judgement.metadata_,
         ):
             return judgement, False
+    judgement.source_id = new.source_id
     judgement.metadata_ = metadata or {}
     _say(
         session, judgement, value, comment, reasons or [], key_id=viewer.key_id, client_id=client_id
     )
     return judgement, created
+
+
+def _check_signals(session: Session, of_choice: Sequence[ColumnElement[bool]], name: str) -> None:
+    """Conflict where this person has given this choice as many signals as are kept."""
+    given = set(session.scalars(select(Judgement.name).distinct().where(*of_choice)))
+    if name not in given and len(given) >= MAX_SIGNALS:
+        raise Conflict(
+            f"{name!r} would be signal number {len(given) + 1} of this person for this choice, and "
+            f"{MAX_SIGNALS} names are kept; use one of these again: {', '.join(sorted(given))}",
+            param="name",
+            code="too_many_signals",
+        )
 
 
 def withdraw(session: Session, viewer: Viewer, judgement_id: str) -> Judgement:

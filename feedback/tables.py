@@ -202,6 +202,18 @@ class Judgement(Base):
             "person_id",
             name="uq_judgements_target",
         ),
+        # Of a person one, whatever the caller calls the source.
+        Index(
+            "uq_judgements_human",
+            "target_id",
+            "choice_index",
+            "kind",
+            "name",
+            "person_id",
+            unique=True,
+            sqlite_where=text("source_type = 'human'"),
+            postgresql_where=text("source_type = 'human'"),
+        ),
         UniqueConstraint("person_id", "client_id"),
     )
 
@@ -261,6 +273,18 @@ class Comparison(Base):
             "source_type",
             "source_id",
             name="uq_comparisons_pair",
+        ),
+        # Of a person one, whatever the caller calls the source.
+        Index(
+            "uq_comparisons_human",
+            "person_id",
+            "answer_a",
+            "choice_a",
+            "answer_b",
+            "choice_b",
+            unique=True,
+            sqlite_where=text("source_type = 'human'"),
+            postgresql_where=text("source_type = 'human'"),
         ),
         UniqueConstraint("person_id", "client_id"),
     )

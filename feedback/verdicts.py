@@ -26,6 +26,7 @@ MAX_METADATA_VALUE_CHARS = 512
 MAX_NAME_CHARS = 64
 MAX_ID_CHARS = 128
 MAX_SIGNAL_CHARS = 1_000
+MAX_SIGNALS = 16  #: names, of one person about one choice
 MAX_SIGNAL_INTEGER = 2**63
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")

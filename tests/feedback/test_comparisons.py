@@ -196,3 +196,19 @@ def test_each_kind_of_viewer_sees_its_own_only(database: Database) -> None:
             for call in (get_comparison, withdraw_comparison, list_comparison_revisions):
                 with pytest.raises(NotFound):
                     call(session, stranger, mine)
+
+
+def test_a_person_has_one_comparison_of_a_pair_whatever_names_its_source(
+    database: Database, ana: Viewer
+) -> None:
+    with database.write() as session:
+        first, _ = compare(session, ana, NewComparison(("a1", "a2"), "a"))
+        for source in ("web", "app"):
+            again, created = compare(
+                session, ana, NewComparison(("a2", "a1"), "a", source_id=source)
+            )
+            assert (again.id, created) == (first.id, False)
+        assert (again.preferred, again.revision, again.source_id) == ("b", 2, "web")
+        for source in ("m1", "m2"):
+            judged = NewComparison(("a1", "a2"), "a", source_type="judge", source_id=source)
+            assert compare(session, ana, judged)[1]

@@ -252,3 +252,44 @@ def test_pages_run_from_the_newest_to_the_first(sqlite_database: Database) -> No
         assert [one.id for one in first + rest] == ids
         assert (more, no_more) == (True, False)
         assert list_judgements(session, ana, kind="stars") == ([], False)
+
+
+def test_a_person_has_one_verdict_whatever_names_its_source(
+    database: Database, ana: Viewer
+) -> None:
+    verdicts: list[tuple[str, Any, dict[str, Any]]] = [
+        ("rating", True, {}),
+        ("stars", 4, {}),
+        ("correction", "Hello.", {}),
+        ("comment", "Well.", {}),
+        ("signal", 1, {"name": "copied"}),
+    ]
+    with database.write() as session:
+        for kind, value, more in verdicts:
+            for source in ("", "web", "app"):
+                rate(session, ana, value, kind=kind, source_id=source, **more)
+        changed, created = rate(session, ana, False, source_id="phone")
+        assert (created, changed.value, changed.source_id, changed.revision) == (
+            False, False, "phone", 2,
+        )  # fmt: skip
+        found, _ = list_judgements(session, ana, completion_id="a1")
+        assert sorted(row.kind for row in found) == sorted(kind for kind, _, _ in verdicts)
+
+
+@on_sqlite
+def test_of_signals_sixteen_names_are_kept_of_each_person_and_choice(
+    database: Database, ana: Viewer
+) -> None:
+    with database.write() as session:
+        ask(session, ana, "Two", ["One", "Two"], answer_id="a2")
+        for number in range(16):
+            rate(session, ana, 1, "a2", kind="signal", name=f"n{number}")
+        with pytest.raises(Conflict, match=r"'more' would be signal number 17 .*: n0, n1, n10,"):
+            rate(session, ana, 1, "a2", kind="signal", name="more")
+        with pytest.raises(Conflict):
+            rate(session, ana, 1, "a2", kind="signal", name="more", source_type="code")
+        assert rate(session, ana, 2, "a2", kind="signal", name="n3")[0].revision == 2
+        assert rate(session, ana, 1, "a2", kind="signal", name="n3", source_type="code")[1]
+        assert rate(session, ana, 1, "a2", kind="signal", name="more", choice_index=1)[1]
+        ben = make_viewer(session, "root", sees_all=True)
+        assert rate(session, ben, 1, "a2", kind="signal", name="more")[1]

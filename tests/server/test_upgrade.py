@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import MetaData, inspect, select, text
+from sqlalchemy import MetaData, Table, inspect, select, text
 
 from feedback import audit
 from feedback.db import Base, CanonicalJson, Database, DatabaseUnfit, UtcDateTime, now
@@ -238,3 +240,57 @@ def test_a_revoked_first_key_does_not_come_back_but_is_recovered(
     with empty_sqlite.read() as session:
         assert load_keyring(session).authenticate(f"Bearer {token}").scopes == {Scope.ADMIN}
     assert json.loads((settings.data / "credentials").read_text())["api_key"] == token
+
+
+def test_several_verdicts_of_one_person_become_one_with_a_history(empty: Database) -> None:
+    migrate(empty, "0004")
+    _fill(empty)
+    moments = [now() + timedelta(seconds=second) for second in range(4)]
+    with empty.write() as session:
+        for name in ("judgement", "comparison"):
+            row = session.execute(text(f"SELECT * FROM {name}s")).mappings().one()
+            said = session.execute(text(f"SELECT * FROM {name}_revisions")).mappings().one()
+            session.execute(text(f"DELETE FROM {name}s"))
+            # One was said twice; the one said last stands, whatever its number.
+            for number, source, at in ((1, "web", (0, 3)), (2, "app", (1,)), (3, "", (2,))):
+                more = {"source_type": "human", "source_id": source, "revision": len(at)}
+                own = {"id": f"{name}-{number}", "client_id": f"c{number}", **more}
+                table = Base.metadata.tables[f"{name}s"]
+                times = {"created_at": moments[at[0]], "updated_at": moments[at[-1]]}
+                session.execute(table.insert().values({**_stored(table, row), **own, **times}))
+                history = Base.metadata.tables[f"{name}_revisions"]
+                for revision, second in enumerate(at, start=1):
+                    of = {f"{name}_id": own["id"], "revision": revision, "at": moments[second]}
+                    values = {**_stored(history, said), "comment": f"{source} {second}", **of}
+                    session.execute(history.insert().values(values))
+        session.execute(text("UPDATE dataset_rows SET judgement_id = 'judgement-2'"))
+        session.execute(text("UPDATE judgements SET target_id = answer_id"))
+        before = session.execute(text("SELECT revision FROM answers")).scalar_one()
+
+    migrate(empty)
+
+    with empty.read() as session:
+        for name in ("judgement", "comparison"):
+            row = session.execute(text(f"SELECT id, revision, source_id FROM {name}s")).one()
+            assert tuple(row) == (f"{name}-1", 4, "web")
+            history = text(
+                f"SELECT {name}_id, revision, comment FROM {name}_revisions ORDER BY revision"
+            )
+            comments = ["web 0", "app 1", " 2", "web 3"]
+            assert [tuple(said) for said in session.execute(history)] == [
+                (f"{name}-1", number, comment) for number, comment in enumerate(comments, start=1)
+            ]
+        learned = session.execute(text("SELECT judgement_id FROM dataset_rows")).scalar_one()
+        assert learned == "judgement-1"
+        assert session.execute(text("SELECT revision FROM answers")).scalar_one() > before
+
+
+def _stored(table: Table, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row that was read as text and numbers, as the table's types take it."""
+    texts = {
+        key: json.loads(row[key])
+        for key, column in table.columns.items()
+        if key in row and isinstance(column.type, CanonicalJson) and row[key] is not None
+    }
+    plain = {key: value for key, value in row.items() if key in table.columns}
+    return {key: value for key, value in (plain | texts).items() if not key.endswith("_at")}
