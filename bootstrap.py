@@ -43,8 +43,13 @@ class UnfitError(Exception):
 
 
 def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """One line for people; that nobody reads it, or that a letter is missing, is no fault."""
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError:
+        pass
 
 
 def check_platform(system: str, machine: str, libc: tuple[str, str], cpu_flags: set[str]) -> None:

@@ -21,6 +21,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
+from server.terminal import printable, write_line
+
 GUARD = Path(__file__).with_name("guard.py")
 KEPT_LOGS = 5
 _TAIL_BYTES = 64 * 1024
@@ -242,10 +244,23 @@ def start_guarded(
 
 
 def run_guarded(launch: Launch) -> int:
-    """Run a command to its end, with this process's output; its exit status."""
-    guard, link = start_guarded(launch)
-    with link:
-        return guard.wait()
+    """Run a command to its end, with this process's output; its exit status.
+
+    Where the output is no terminal the command's lines are passed on: a reader that leaves must
+    not end the command.
+    """
+    if sys.stdout.isatty():
+        guard, link = start_guarded(launch)
+        with link:
+            return guard.wait()
+    read, write = os.pipe()
+    with open(read, encoding="utf-8", errors="replace") as lines:
+        with open(write, "wb") as output:
+            guard, link = start_guarded(launch, output=output)
+        with link:
+            for line in lines:
+                write_line(printable(line.rstrip("\n")))
+            return guard.wait()
 
 
 def kill_session(session: int) -> None:

@@ -6,6 +6,7 @@ fresh machine must have before anything is installed (`bootstrap.py`).
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import socket
@@ -37,7 +38,6 @@ CPU_TRAPS = (
     "torchaudio",
     "torchcodec",
 )  #: PyPI's builds break transformers beside a CPU torch
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  #: what vLLM takes as --max-lora-rank
 DISK_GIB = 2.0
 MEMORY_GIB = 7.0
 
@@ -188,6 +188,10 @@ def _disk(settings: Settings) -> Iterator[Finding]:
     folder = settings.data.resolve()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        kind = "can't be written by this user" if folder.is_dir() else "is a file"
+        yield Finding("data", Verdict.PROBLEM, f"{folder} {kind}", "give another DATA")
+        return
     free = shutil.disk_usage(folder).free / GIB
     verdict = Verdict.OK if free >= DISK_GIB else Verdict.PROBLEM
     advice = (
@@ -262,12 +266,6 @@ def _model(settings: Settings) -> Iterator[Finding]:
 
 def _engine(settings: Settings) -> Iterator[Finding]:
     rank = settings.engine.max_lora_rank
-    if rank not in LORA_RANKS:
-        ranks = ", ".join(map(str, LORA_RANKS))
-        yield Finding(
-            "engine", Verdict.PROBLEM, f"max_lora_rank {rank}", f"vLLM takes one of {ranks}"
-        )
-        return
     limits = f"{settings.engine.max_loras} adapter slots of rank {rank}"
     if settings.engine.urls:
         for url in settings.engine.urls:

@@ -1,26 +1,71 @@
-"""Every setting, with its default, its unit and where it may be set.
+"""Every setting, with its default, its unit and what it may hold.
 
-Owns: `burnish.toml`, `BURNISH_…` environment variables and their precedence (flags > environment >
-file > defaults). Built once, in the CLI, and passed down; nothing reads the environment later. Does
-not own: what a deployment is (rows in the database) or a tuning job's hyperparameters.
+Built once, in the CLI, and passed down; nothing reads the environment later. Does not own: where
+settings are read from and how a fault in them is told (`setting_sources.py`), what a deployment is
+(rows in the database) or a tuning job's hyperparameters.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from server.setting_sources import (
+    Environment,
+    File,
+    as_database_url,
+    as_engine_url,
+    as_gateway_url,
+    as_host,
+    as_lower,
+    as_path,
+    as_secret,
+    as_whole_number,
+    build,
 )
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
+
+Folder = Annotated[Path, AfterValidator(as_path)]
+Secret = Annotated[SecretStr, AfterValidator(as_secret)]
+EngineUrl = Annotated[str, AfterValidator(as_engine_url)]
+DatabaseUrl = Annotated[str, AfterValidator(as_database_url)]
+LoraRank = Annotated[
+    Literal[1, 8, 16, 32, 64, 128, 256, 320, 512], BeforeValidator(as_whole_number)
+]
+"""What vLLM takes as `--max-lora-rank`."""
+LogLevel = Annotated[
+    Literal["critical", "error", "warning", "info", "debug"], BeforeValidator(as_lower)
+]
+
+SETTINGS_OF_ARGS = {
+    "api-key": "engine.api_key",
+    "dtype": "engine.dtype",
+    "enable-lora": None,
+    "host": None,
+    "max-cpu-loras": "engine.max_cpu_loras",
+    "max-lora-rank": "engine.max_lora_rank",
+    "max-loras": "engine.max_loras",
+    "max-model-len": "engine.max_model_len",
+    "model": "model.path",
+    "port": "engine.port",
+    "served-model-name": "model.name",
+}
+"""Options of vLLM that `[engine.args]` may not set, with the setting that does: the gateway counts
+on what the settings say.
+"""
 
 
 class Section(BaseModel):
@@ -32,7 +77,7 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """`[model]`: the base that the engine serves and adapters are trained on."""
 
-    path: str = Field(
+    path: Annotated[str, AfterValidator(lambda given: str(as_path(Path(given))))] = Field(
         default=BUNDLED_MODEL,
         description="Directory of a model, a hub name (`org/name`), or the bundled "
         "`smollm2-135m-instruct`.",
@@ -55,7 +100,7 @@ class ModelSettings(Section):
 class DatabaseSettings(Section):
     """`[database]`: SQLite in a file by default, or PostgreSQL."""
 
-    url: str | None = Field(
+    url: DatabaseUrl | None = Field(
         default=None, description="SQLAlchemy URL; default: `sqlite:///DATA/burnish.sqlite3`."
     )
 
@@ -63,10 +108,10 @@ class DatabaseSettings(Section):
 class EngineSettings(Section):
     """`[engine]`: the managed vLLM child, or the addresses of servers that already run."""
 
-    urls: list[str] = Field(
+    urls: list[EngineUrl] = Field(
         default=[], description="vLLM servers that already run; empty: manage one child."
     )
-    api_key: SecretStr | None = Field(default=None, description="Key of those servers.")
+    api_key: Secret | None = Field(default=None, description="Key of those servers.")
     adapters_path: str | None = Field(
         default=None,
         description="The adapter store as those servers see it; default: `DATA/adapters`.",
@@ -78,8 +123,8 @@ class EngineSettings(Section):
         default=4, ge=1, le=256, description="Adapter slots; at least 3 per deployment + 1."
     )
     max_cpu_loras: int | None = Field(default=None, ge=1, description="Default: `max_loras`.")
-    max_lora_rank: int = Field(
-        default=16, description="Largest rank served: 8, 16, 32, 64, 128, 256, 320 or 512."
+    max_lora_rank: LoraRank = Field(
+        default=16, description="Largest rank served: 1, 8, 16, 32, 64, 128, 256, 320 or 512."
     )
     dtype: str | None = Field(default=None, description="Default: float32 on a CPU, auto on a GPU.")
     max_model_len: int | None = Field(
@@ -96,6 +141,17 @@ class EngineSettings(Section):
         default={},
         description="Handed to vLLM verbatim: `args.max-num-seqs = 16` is `--max-num-seqs 16`.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = {name.lstrip("-").replace("_", "-").removeprefix("no-") for name in self.args}
+        for name in sorted(given & SETTINGS_OF_ARGS.keys()):
+            setting = SETTINGS_OF_ARGS[name]
+            advice = "Burnish sets it itself" if setting is None else f"set {setting} instead"
+            raise ValueError(f"[engine.args] may not hold {name!r}: {advice}")
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"engine.urls names a server twice: {', '.join(self.urls)}")
+        return self
 
     @property
     def parses_tools(self) -> bool | None:
@@ -190,10 +246,10 @@ class WorkerSettings(Section):
     poll_seconds: float = Field(default=1.0, gt=0)
     max_attempts: int = Field(default=3, ge=1)
     training_threads: int | None = Field(default=None, ge=1, description="Default: all cores.")
-    gateway_url: str | None = Field(
+    gateway_url: Annotated[str, AfterValidator(as_gateway_url)] | None = Field(
         default=None, description="Default: the gateway of this machine."
     )
-    api_key: SecretStr | None = Field(
+    api_key: Secret | None = Field(
         default=None, description="Internal key; default: DATA/run/internal.key."
     )
 
@@ -206,19 +262,20 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         extra="forbid",
         frozen=True,
-        toml_file="burnish.toml",
     )
 
-    data: Path = Path("data")
-    host: str = "127.0.0.1"
+    data: Folder = Path("data")
+    host: Annotated[str, AfterValidator(as_host)] = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     deployment: str = Field(
-        default="assistant", description="Name of the deployment made on the first start."
+        default="assistant",
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$",
+        description="Name of the deployment made on the first start.",
     )
-    bootstrap_key: SecretStr | None = Field(
+    bootstrap_key: Secret | None = Field(
         default=None, description="First admin key, instead of a random one."
     )
-    log_level: str = "info"
+    log_level: LogLevel = "info"
     model: ModelSettings = ModelSettings()
     database: DatabaseSettings = DatabaseSettings()
     engine: EngineSettings = EngineSettings()
@@ -237,8 +294,23 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, environment, then the file `BURNISH_CONFIG` or `./burnish.toml`."""
-        path = Path(os.environ.get("BURNISH_CONFIG", "burnish.toml"))
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+        return init_settings, Environment(settings_cls), File(settings_cls)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", self.base_name) is None:
+            raise ValueError(
+                f"the model's public name would be {self.base_name!r}, after its directory, and "
+                "clients could not ask for it; set model.name to one of letters, digits and ._:/-"
+            )
+        if self.base_name == self.deployment:
+            raise ValueError(
+                f"the model and the deployment would both be called {self.deployment!r}: "
+                "set model.name to another name"
+            )
+        if self.engine.port is not None and self.engine.port == self.port:
+            raise ValueError(f"port and engine.port are both {self.port}: give the engine another")
+        return self
 
     @property
     def database_url(self) -> str:
@@ -287,54 +359,7 @@ class Settings(BaseSettings):
 def load_settings(**flags: Any) -> Settings:
     """Build the settings; `flags` that are None count as not given.
 
-    Raises `SystemExit` with one line per problem, each naming the key, what was found and where
-    keys come from.
+    Raises `SystemExit` with one line per fault: the key, where it was read, what was found, what
+    was expected.
     """
-    _check_environment()
-    try:
-        return Settings(**{key: value for key, value in flags.items() if value is not None})
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                lines.append(
-                    f"unknown setting {key!r} (found {problem['input']!r}); see docs/settings.md"
-                )
-            else:
-                lines.append(f"setting {key!r}: {problem['msg']} (found {problem['input']!r})")
-        raise SystemExit("burnish: " + "\n         ".join(lines)) from None
-
-
-NOT_SETTINGS = frozenset(
-    {
-        "BURNISH_CONFIG",
-        "BURNISH_URL",
-        "BURNISH_API_KEY",
-        "BURNISH_PROMISES",
-        "BURNISH_TEST_DATA",
-        "BURNISH_TRAINER_PARENT",
-    }
-)
-"""Variables of this name space that are no settings:
-
-the file's path, the client's, the tests', the trainer's.
-"""
-
-
-def _check_environment() -> None:
-    """Name variables that look like settings and are none: pydantic-settings passes over them."""
-    for variable in sorted(os.environ):
-        if not variable.startswith("BURNISH_") or variable in NOT_SETTINGS:
-            continue
-        first, *rest = variable.removeprefix("BURNISH_").lower().split("__")
-        field = Settings.model_fields.get(first)
-        known = field is not None
-        if field is not None and rest:
-            section = field.annotation
-            fields = getattr(section, "model_fields", {})
-            known = rest[0] in fields and (len(rest) == 1 or rest[0] == "args")
-        if not known:
-            raise SystemExit(
-                f"burnish: unknown setting {variable} in the environment; see docs/settings.md"
-            )
+    return build(Settings, flags)

@@ -25,9 +25,11 @@ from typing import Any
 from pydantic import SecretStr
 
 from server.children import Backoff, Child, ChildSpec, Launch, run_guarded, write_private_json
-from server.engines.process import EngineProcess, answers_ok
+from server.data_folder import cache_variables, prepare_data
+from server.engines.process import EngineProcess, EngineSettingsError, answers_ok
 from server.settings import BUNDLED_MODEL, Settings
-from tuner.base_models import MARK
+from server.terminal import printable, write_line
+from tuner.base_models import MARK, BaseModelError
 
 #: How long Ctrl-C waits for running streams; SIGTERM waits for all of them.
 INTERRUPT_DRAIN_SECONDS = 5.0
@@ -42,22 +44,22 @@ class SupervisorError(SystemExit):
 
 def say(text: str) -> None:
     """A line for whoever looks at the terminal."""
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stdout.flush()
+    write_line(f"{time.strftime('%H:%M:%S')} {printable(text)}")
 
 
 def run(settings: Settings, on_ready: Callable[[], None] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status.
+    """Serve until SIGINT, SIGTERM or a closed terminal; returns the exit status.
 
     `on_ready` is called once, when the gateway answers `/readyz` with 200 for the first time.
     Raises `SupervisorError` when a second supervisor runs on the same data, the port is taken, or
     the model or the database can't be prepared.
     """
-    for folder in (settings.data, settings.run_dir):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    prepare_data(settings)
+    os.environ.update(cache_variables(settings.data, os.environ))  # for all that it starts
     with sole_supervisor(settings.run_dir):
         _check_port(settings)
         prepare_model(settings)
+        check_engine(settings)
         environment = child_environment(settings)
         with_key = (
             {"BURNISH_BOOTSTRAP_KEY": key.get_secret_value()}
@@ -170,6 +172,16 @@ def prepare_model(settings: Settings) -> None:
         raise SupervisorError(f"burnish: the model could not be made (exit status {code})")
 
 
+def check_engine(settings: Settings) -> None:
+    """Raise `SupervisorError` where no start of the managed engine could succeed."""
+    if settings.engine.urls:
+        return
+    try:
+        EngineProcess(settings).prepare()
+    except (EngineSettingsError, BaseModelError, OSError) as error:
+        raise SupervisorError(f"burnish: the engine can't be started: {error}") from None
+
+
 def _check_port(settings: Settings) -> None:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -234,7 +246,9 @@ class Supervisor:
             before_fd = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
             before = {
                 number: signal.signal(number, self._note)
-                for number in (signal.SIGINT, signal.SIGTERM)
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                # `nohup` has it ignored, and means it.
+                if signal.getsignal(number) is not signal.SIG_IGN
             }
             try:
                 while not self._signals:

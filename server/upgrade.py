@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from feedback import audit
 from feedback.db import Database, DatabaseUnfit
+from feedback.errors import BadRequest, Conflict
 from server.auth import Scope, create_key, hash_key
 from server.children import write_private_json
 from server.feedback_tokens import find_or_create_secret
@@ -146,15 +147,21 @@ def _first_deployment(session: Session, settings: Settings, base: BaseModel) -> 
             )
     if existing:
         return None
-    create_deployment(
-        session,
-        name=settings.deployment,
-        base_model=base.name,
-        base_revision=base.revision,
-        template_hash=base.template_hash,
-        aliases=DEFAULT_ALIASES,
-        created_by="local",
-    )
+    try:
+        create_deployment(
+            session,
+            name=settings.deployment,
+            base_model=base.name,
+            base_revision=base.revision,
+            template_hash=base.template_hash,
+            aliases=[alias for alias in DEFAULT_ALIASES if alias != base.name],
+            created_by="local",
+        )
+    except (BadRequest, Conflict) as error:
+        raise UpgradeError(
+            f"the first deployment can't be made: {error.message} "
+            "The settings model.name and deployment give the model and it other names."
+        ) from None
     audit.append(session, actor="local", action="deployment_created", subject=settings.deployment)
     return settings.deployment
 

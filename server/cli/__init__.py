@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from server.cli import local, remote
 from server.cli.app import app
+from server.terminal import prepare_output
 
 
 def main() -> None:
     """Run the command of the arguments."""
+    prepare_output()
     app()
 
 

@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli.api import Api, ApiError, NoConnection, connect
+from server.settings import Settings
+from server.terminal import as_json_escapes, printable
 
 REFUSED = 1
 UNREACHABLE = 3
@@ -27,7 +29,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(highlight=False)
+
+
+class PlainConsole(Console):
+    """A console on which texts of others move no cursor."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+
+console = PlainConsole(highlight=False)
 
 Data = Annotated[
     Path | None, typer.Option("--data", help="Directory of everything that Burnish writes.")
@@ -37,8 +48,35 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 def fail(message: str, code: int = REFUSED) -> NoReturn:
     """Say why on standard error, and end."""
-    sys.stderr.write(f"burnish: {message}\n")
+    sys.stderr.write(f"burnish: {printable(message)}\n")
     raise typer.Exit(code)
+
+
+@contextmanager
+def one_sentence(settings: Settings) -> Iterator[None]:
+    """End a local command with one sentence where the model, the database or a file is amiss."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from feedback.db import DatabaseUnfit
+    from server.upgrade import UpgradeError
+    from tuner.base_models import BaseModelError
+
+    try:
+        yield
+    except (DatabaseUnfit, BaseModelError, UpgradeError) as error:
+        fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("psycopg"):
+            raise
+        fail("PostgreSQL needs the package psycopg: `pip install -e .[postgres]`")
+    except SQLAlchemyError as error:
+        shown = make_url(settings.database_url).render_as_string(hide_password=True)
+        said = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        fail(f"the database {shown} can't be used: {said}; see the setting database.url")
+    except OSError as error:
+        where = "" if error.filename is None else f" {str(error.filename)!r}"
+        fail(f"{error.strerror or error}{where}")
 
 
 @contextmanager
@@ -55,7 +93,8 @@ def api() -> Iterator[Api]:
 
 def show_json(value: Any) -> None:
     """JSON on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    sys.stdout.write(as_json_escapes(text) + "\n")
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
@@ -82,7 +121,9 @@ def show_facts(value: Any, indent: int = 0) -> None:
                 show_facts(inner, indent + 1)
             else:
                 console.print(
-                    f"{space}{key.replace('_', ' ')}: {_text(inner)}", markup=False, soft_wrap=True
+                    f"{space}{key.replace('_', ' ')}: {_text(inner)}",
+                    markup=False,
+                    soft_wrap=True,
                 )
     elif isinstance(value, list):
         for inner in value:
@@ -101,5 +142,5 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_text, value))
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return ", ".join(f"{printable(str(key))} {_text(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))

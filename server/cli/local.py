@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.app import REFUSED, AsJson, Data, app, console, fail, show_json
+from server.cli.app import REFUSED, AsJson, Data, app, console, fail, one_sentence, show_json
+from server.data_folder import prepare_data
 from server.settings import Settings, load_settings
+from server.terminal import write_line
 
 if TYPE_CHECKING:
     from server.upgrade import Upgraded
@@ -39,8 +41,7 @@ def serve(
     supervisor.say("preparing; the first answer takes one to two minutes")
 
     def on_ready() -> None:
-        sys.stdout.write(_welcome(settings, supervisor.local_url(settings), first))
-        sys.stdout.flush()
+        write_line(_welcome(settings, supervisor.local_url(settings), first))
 
     raise typer.Exit(supervisor.run(settings, on_ready))
 
@@ -67,24 +68,27 @@ Three lines to try:
        -H "Content-Type: application/json" -d '{question % settings.deployment}'
   {elsewhere}.venv/bin/burnish demo
 
-Ctrl-C ends everything.
-"""
+Ctrl-C ends everything."""
 
 
 @app.command()
 def gateway(host: str | None = None, port: int | None = None, data: Data = None) -> None:
     """Run a gateway alone; its engine is found in DATA/run, or named by engine.urls."""
-    from feedback.db import DatabaseUnfit
     from server.app import serve as serve_gateway
     from server.logs import configure_logging
-    from tuner.base_models import BaseModelError
 
     settings = load_settings(host=host, port=port, data=data)
+    prepare_data(settings)
     configure_logging(settings.log_level)
-    try:
+    end_on_hangup()
+    with one_sentence(settings):
         raise typer.Exit(serve_gateway(settings))
-    except (DatabaseUnfit, BaseModelError) as error:
-        fail(str(error))
+
+
+def end_on_hangup() -> None:
+    """Take the end of the terminal for SIGTERM; `nohup` has it ignored, and means it."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @app.command()
@@ -96,7 +100,9 @@ def worker(data: Data = None) -> None:
     from tuner.worker import WorkerOptions, run_worker
 
     settings = load_settings(data=data)
+    prepare_data(settings)
     configure_logging(settings.log_level)
+    end_on_hangup()
     given = settings.worker.api_key
     key = given.get_secret_value() if given is not None else read_internal_key(settings)
     if key is None:
@@ -119,7 +125,8 @@ def worker(data: Data = None) -> None:
         poll_seconds=settings.worker.poll_seconds,
         max_attempts=settings.worker.max_attempts,
     )
-    run_worker(options)
+    with one_sentence(settings):
+        run_worker(options)
 
 
 @db.command()
@@ -128,21 +135,17 @@ def upgrade(
     print_key: Annotated[bool, typer.Option(help="Print the first admin key.")] = True,
 ) -> None:
     """Bring the schema up to date; make keys and the first deployment where they are missing."""
-    from feedback.db import Database, DatabaseUnfit
+    from feedback.db import Database
     from server.app import read_base
     from server.supervisor import local_url
-    from server.upgrade import UpgradeError
     from server.upgrade import upgrade as run_upgrade
-    from tuner.base_models import BaseModelError
 
     settings = load_settings(data=data)
-    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
+    prepare_data(settings)
+    with one_sentence(settings):
         database = Database(settings.database_url)
         done = run_upgrade(settings, database, read_base(settings), url=local_url(settings))
         database.dispose()
-    except (UpgradeError, DatabaseUnfit, BaseModelError) as error:
-        fail(str(error))
     _tell(done, settings, print_key)
 
 
@@ -183,9 +186,11 @@ def recover_key(data: Data = None) -> None:
     from server.upgrade import recover_admin_key
 
     settings = load_settings(data=data)
-    database: Any = Database(settings.database_url)
-    token = recover_admin_key(settings, database, url=local_url(settings))
-    database.dispose()
+    prepare_data(settings)
+    with one_sentence(settings):
+        database = Database(settings.database_url)
+        token = recover_admin_key(settings, database, url=local_url(settings))
+        database.dispose()
     console.print(
         f"{token} (also in {settings.data / 'credentials'})", markup=False, soft_wrap=True
     )

@@ -27,9 +27,6 @@ from server.machine import GIB, Machine, read_machine
 from server.settings import BUNDLED_MODEL, Settings
 from tuner.base_models import BaseModel, describe_base
 
-OURS = ("api-key", "host", "model", "port", "served-model-name")
-"""Options of vLLM that `[engine.args]` may not set: the gateway depends on them."""
-
 CPU_CONTEXT_TOKENS = 4096  #: default context on a CPU, where a longer prompt takes minutes
 #: Default of requests that run together on a CPU; more only share the same tokens/s.
 CPU_SEQUENCES = 16
@@ -131,12 +128,7 @@ def _cpu_environment(settings: Settings, machine: Machine) -> dict[str, str]:
 
 
 def _verbatim(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    options = {key.lstrip("-").replace("_", "-"): value for key, value in arguments.items()}
-    if taken := sorted(options.keys() & set(OURS)):
-        raise EngineSettingsError(
-            f"[engine.args] may not set {', '.join(taken)}: Burnish chooses these itself"
-        )
-    return options
+    return {key.lstrip("-").replace("_", "-"): value for key, value in arguments.items()}
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:

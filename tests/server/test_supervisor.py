@@ -186,7 +186,7 @@ def test_a_child_that_does_not_answer_in_time_is_ended(supervise: Callable[..., 
     until(lambda: is_gone(first["pid"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_children_and_grandchildren(
     supervise: Callable[..., Run], number: signal.Signals
 ) -> None:
@@ -195,6 +195,23 @@ def test_a_signal_ends_children_and_grandchildren(
     assert run.end(number) == 0
     assert all(map(is_gone, pids))
     assert run.child("engine")["state"] == "stopped"
+
+
+HANGUP = """
+import os, signal, sys
+from server.cli.local import end_on_hangup
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+end_on_hangup()
+os.kill(os.getpid(), signal.SIGHUP)
+signal.sigtimedwait([], 0)
+"""
+
+
+@pytest.mark.parametrize(("before", "status"), [("SIG_DFL", 7), ("SIG_IGN", 0)])
+def test_a_closed_terminal_is_a_sigterm_unless_it_is_ignored(before: str, status: int) -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", HANGUP, before], check=False)
+    assert done.returncode == status
 
 
 def test_a_child_that_cannot_be_recorded_is_ended_and_tried_again(tmp_path: Path) -> None:
@@ -280,7 +297,7 @@ def test_kill_9_of_a_guard_ends_its_child_and_starts_another(supervise: Callable
 
 def test_a_command_that_does_not_exist_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_guarded(Launch(["/no/such/engine"], os.environ)) == 127
-    assert "cannot start '/no/such/engine'" in capfd.readouterr().err
+    assert "cannot start '/no/such/engine'" in capfd.readouterr().out
 
 
 def test_a_second_supervisor_on_the_same_data_is_refused(tmp_path: Path) -> None:

@@ -165,13 +165,11 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
         load_settings()
 
 
-def test_doctor_ends_with_1_where_something_will_not_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BURNISH_ENGINE__MAX_LORA_RANK", "17")
-    found = burnish("doctor", "--data", str(tmp_path), "--json")
+def test_doctor_ends_with_1_where_something_will_not_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = burnish("doctor", "--data", str(tmp_path / "file"), "--json")
     problems = {f["topic"] for f in json.loads(found.stdout) if f["verdict"] == "problem"}
-    assert (found.exit_code, "engine" in problems) == (1, True)
+    assert (found.exit_code, "data" in problems) == (1, True)
 
 
 def test_credentials_are_for_this_user_alone(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from server.engines.process import (
     EngineProcess,
@@ -137,9 +138,9 @@ def test_further_arguments_are_handed_on_verbatim_and_win() -> None:
     assert options["override-generation-config"] == '{"top_k": 5}'
 
 
-@pytest.mark.parametrize("key", ["api_key", "host", "--port", "served-model-name"])
+@pytest.mark.parametrize("key", ["api_key", "host", "--port", "served-model-name", "max_loras"])
 def test_arguments_that_would_cut_the_gateway_off_are_refused(key: str) -> None:
-    with pytest.raises(EngineSettingsError, match=key.strip("-").replace("_", "-")):
+    with pytest.raises(ValidationError, match=key.strip("-").replace("_", "-")):
         command(args={key: "x"})
 
 
