@@ -29,7 +29,7 @@ from server.limits import LimitBook, Limits
 from server.metrics import Figures
 from server.presence import present
 from server.recorder import Recorder
-from server.routing import ReleaseView, Snapshot
+from server.routing import Snapshot
 from server.settings import Settings
 from server.snapshot import Directory
 from server.tracing import Tracer, build_tracer
@@ -39,6 +39,9 @@ from tuner.base_models import BaseModel
 from tuner.tables import Adapter
 
 logger = logging.getLogger(__name__)
+
+
+MOST_PEOPLE = 100_000  #: kept in memory
 
 
 @dataclass(slots=True)
@@ -57,7 +60,8 @@ class Gateway:
     id: str = field(default_factory=lambda: new_id("gw_"))
     tracer: Tracer | None = None  #: None: tracing is off
     stopping: bool = False
-    _people: dict[tuple[str, str], str] = field(default_factory=dict)
+    _people: dict[str, dict[str, str]] = field(default_factory=dict)  #: by user, then end user
+    _people_count: int = 0
     _moves: dict[str, asyncio.Lock] = field(default_factory=dict)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -67,12 +71,15 @@ class Gateway:
 
     async def person_id(self, user: str, end_user: str = "") -> str:
         """The person of that name, from memory after the first time."""
-        found = self._people.get((user, end_user))
+        known = self._people.get(user)
+        found = None if known is None else known.get(end_user)
         if found is None:
             found = await asyncio.to_thread(self._find_or_create_person, user, end_user)
-            if len(self._people) > 100_000:
+            if self._people_count >= MOST_PEOPLE:
                 self._people.clear()
-            self._people[user, end_user] = found
+                self._people_count = 0
+            self._people.setdefault(user, {})[end_user] = found
+            self._people_count += 1
         return found
 
     def _find_or_create_person(self, user: str, end_user: str) -> str:
@@ -85,8 +92,7 @@ class Gateway:
 
     def forget_person(self, user: str) -> None:
         """After an erasure the names of a user mean nobody."""
-        for name in [name for name in self._people if name[0] == user]:
-            del self._people[name]
+        self._people_count -= len(self._people.pop(user, ()))
 
     def authorize(self, method: str, path: str, headers: Mapping[str, str]) -> KeyView:
         """The key of a request, checked against the route's scope.
@@ -149,9 +155,6 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
                 raise OSError(f"adapter {adapter_id} has no reference figures")
             return adapter.probe
 
-    def roles() -> list[ReleaseView]:
-        return [r for d in directory.snapshot.deployments.values() for r in d.roles()]
-
     fleet = Fleet(
         base_name=base.name,
         capacity=min(engine.max_loras, engine.max_cpu_loras or engine.max_loras),
@@ -160,7 +163,7 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
         reference=reference,
         path=path,
         required=lambda: [d.production for d in directory.snapshot.deployments.values()],
-        wanted=roles,
+        wanted=lambda: directory.snapshot.roles,
         traits={
             "base_revision": base.revision,
             "dtype": engine.dtype,

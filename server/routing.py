@@ -16,6 +16,8 @@ from feedback.answers import EarlierAnswer
 from feedback.errors import NotFound
 from feedback.tables import Arm
 
+MOST_NAMED = 20  #: models that the error for an unknown one lists
+
 
 @dataclass(frozen=True, slots=True)
 class ReleaseView:
@@ -69,6 +71,14 @@ class Snapshot:
     aliases: Mapping[str, str] = field(default_factory=dict)
     served: Mapping[str, ReleaseView] = field(default_factory=dict)
     """Releases that some engine holds beyond the roles: under evaluation, or pinned by a caller."""
+    roles: tuple[ReleaseView, ...] = field(init=False)  #: of all deployments
+    _listed: dict[tuple[str, ...] | None, str] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        roles = tuple(r for deployment in self.deployments.values() for r in deployment.roles())
+        object.__setattr__(self, "roles", roles)
 
     def find_release(self, name: str) -> ReleaseView | None:
         """The release of that name, where memory knows it."""
@@ -78,6 +88,21 @@ class Snapshot:
                 if release.name == name:
                     return release
         return self.served.get(name)
+
+    def may_use_base(self, allowed: tuple[str, ...] | None) -> bool:
+        """Whether a key with these deployments (None: all) may name the base model."""
+        return allowed is None or any(name in self.deployments for name in allowed)
+
+    def describe_names(self, allowed: tuple[str, ...] | None) -> str:
+        """The models of such a key for an error's message, made once for each snapshot."""
+        listed = self._listed.get(allowed)
+        if listed is None:
+            names = list_names(self, allowed)
+            more = len(names) - MOST_NAMED
+            listed = ", ".join(names[:MOST_NAMED]) or "none"
+            listed += f" and {more} more (GET /v1/models lists them)" if more > 0 else ""
+            self._listed[allowed] = listed
+        return listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +119,9 @@ class Route:
 
 def unknown_model(model: str, snapshot: Snapshot, allowed: tuple[str, ...] | None) -> NotFound:
     """The error for a model that is not there or not this key's; it lists what is."""
-    names = ", ".join(list_names(snapshot, allowed)) or "none"
     return NotFound(
-        f"the model {model[:200]!r} does not exist or is not yours; your models: {names}",
+        f"the model {model[:200]!r} does not exist or is not yours; "
+        f"your models: {snapshot.describe_names(allowed)}",
         param="model",
         code="model_not_found",
     )
@@ -105,8 +130,22 @@ def unknown_model(model: str, snapshot: Snapshot, allowed: tuple[str, ...] | Non
 def list_names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]:
     """Deployments and the base that a key may use, sorted."""
     names = [name for name in snapshot.deployments if allowed is None or name in allowed]
-    bases = {snapshot.base_model} if allowed is None or names else set()
+    bases = {snapshot.base_model} if snapshot.may_use_base(allowed) else set()
     return sorted({*names, *bases})
+
+
+def check_model(snapshot: Snapshot, model: str, allowed: tuple[str, ...] | None) -> None:
+    """Raises NotFound unless memory has a deployment for `model`, or it is the base, and the key
+    may use it. Whether a release of that deployment exists is not known here.
+    """
+    name, at, _ = model.partition("@")
+    name = name if at else snapshot.aliases.get(model, model)
+    if name in snapshot.deployments:
+        if allowed is None or name in allowed:
+            return
+    elif not at and name == snapshot.base_model and snapshot.may_use_base(allowed):
+        return
+    raise unknown_model(model, snapshot, allowed)
 
 
 def canary_draw(canary_id: str, person_id: str) -> float:
@@ -131,22 +170,17 @@ def route(
     release that memory does not know, read from the database by the caller. Raises NotFound, naming
     the caller's models.
     """
+    check_model(snapshot, model, allowed)
     if "@" in model:
         release = snapshot.find_release(model) or pinned
         if release is None or release.name != model:
             raise unknown_model(model, snapshot, allowed)
-        owner = snapshot.deployments.get(release.deployment)
-        if owner is None or (allowed is not None and owner.name not in allowed):
-            raise unknown_model(model, snapshot, allowed)
+        owner = snapshot.deployments[release.deployment]
         return Route(owner, release, release.name, release.engine_name, Arm.PINNED)
     name = snapshot.aliases.get(model, model)
     deployment = snapshot.deployments.get(name)
     if deployment is None:
-        if name == snapshot.base_model and name in list_names(snapshot, allowed):
-            return Route(None, None, name, name, Arm.BASE)
-        raise unknown_model(model, snapshot, allowed)
-    if allowed is not None and deployment.name not in allowed:
-        raise unknown_model(model, snapshot, allowed)
+        return Route(None, None, name, name, Arm.BASE)
     share = deployment.canary_percent / 100 if deployment.canary is not None else 0.0
     kept = _kept(deployment, earlier)
     if kept is not None:

@@ -28,12 +28,13 @@ from feedback.errors import AppError, BadRequest, NotReady, TooLarge
 from feedback.recording import NOT_RECORDED, EndedAnswer, StartedAnswer
 from feedback.tables import AnswerKind, AnswerStatus, Arm
 from server.auth import Caller, KeyView, Scope, check_scope
+from server.engines.fleet import Hold
 from server.gateway import Gateway
 from server.limits import Admission
 from server.proxy import Exchange, Relay, Reply, stopping
 from server.recorder import NotRecorded, NotSent
 from server.request_ids import identify
-from server.routing import ReleaseView, Route, route, unknown_model
+from server.routing import ReleaseView, Route, check_model, route, unknown_model
 from server.snapshot import load_release
 from server.tracing import Trace
 from server.wire import (
@@ -105,6 +106,7 @@ class Completions:
         reply = Reply(send, path, {"x-request-id": number}, gateway.figures)
         admission: Admission | None = None
         trace: Trace | None = None
+        hold = gateway.fleet.holding()
         try:
             if gateway.tracer is not None:
                 trace = gateway.tracer.start(scope)
@@ -118,7 +120,7 @@ class Completions:
             if gateway.stopping:
                 raise stopping()
             raw = await _read(receive, gateway.settings.gateway.max_body_bytes)
-            caller, exchange = await _prepare(gateway, key, headers, path, raw, number, reply)
+            caller, exchange = await _prepare(gateway, key, headers, path, raw, number, reply, hold)
             if trace is not None:
                 trace.describe(exchange.started, stream=exchange.stream, choices=exchange.n)
             await _start(gateway, caller, exchange, trace)
@@ -146,6 +148,7 @@ class Completions:
                 raise
             await reply.fail(error)
         finally:
+            hold.end()
             if trace is not None:
                 trace.end(reply.status)
             if admission is not None:
@@ -165,8 +168,13 @@ async def _prepare(
     raw: bytes,
     number: str,
     reply: Reply,
+    hold: Hold,
 ) -> tuple[Caller, Exchange]:
-    """Parse, check and route: who asks, and what an engine will be asked."""
+    """Parse, check and route: who asks, and what an engine will be asked.
+
+    What the caller has to mend is said before what has to be waited for: the body, then the model's
+    name, then engines and slots. The release that answers is in `hold`.
+    """
     settings = gateway.settings.gateway
     body = parse_body(raw, max_bytes=settings.max_body_bytes)
     refuse_nul(raw)
@@ -174,14 +182,19 @@ async def _prepare(
     parsed = parse(body, max_choices=settings.max_choices, strict=settings.strict)
     check_tools(parsed, gateway.settings.engine.parses_tools)
     kind = _kind(gateway, key, parsed, path)
-    caller = await gateway.caller(key, body, headers)
     external_id = _external_conversation(parsed.given, headers, settings.conversation_headers)
+    check_model(gateway.directory.snapshot, parsed.model, key.deployments)
+    pinned = await _find_pinned(gateway, key, parsed.model) if "@" in parsed.model else None
+    caller = await gateway.caller(key, body, headers)
+    gateway.fleet.check_ready()
     if kind is AnswerKind.TASK:
         external_id = None  # about a conversation, not of it: its release must not become theirs
     said = MessagesHash(caller.person_id, parsed.messages)
     continuation = continuation_hash(caller.person_id, parsed.messages)
     earlier, regenerates = await _earlier(gateway, caller, continuation, str(said), external_id)
-    chosen = await _route(gateway, caller, parsed.model, None if regenerates else earlier)
+    chosen = await _route(
+        gateway, caller, parsed.model, pinned, None if regenerates else earlier, hold
+    )
     gateway.fleet.choose(chosen.engine_name)  # 503 before anything is recorded
     exchange = _exchange(
         gateway, caller, parsed, chosen, path, kind, said, earlier, external_id, number
@@ -279,39 +292,48 @@ async def _earlier(
     return await asyncio.to_thread(look)
 
 
-async def _route(
-    gateway: Gateway, caller: Caller, model: str, earlier: EarlierAnswer | None
-) -> Route:
-    snapshot, allowed = gateway.directory.snapshot, caller.key.deployments
-    pinned = None
-    if _may_be_a_release(model) and snapshot.find_release(model) is None:
-        pinned = await asyncio.to_thread(_find_release, gateway, model)
-    chosen = route(
-        snapshot, model, person_id=caller.person_id, allowed=allowed, earlier=earlier, pinned=pinned
-    )
-    release = chosen.release
-    if release is None:
-        return chosen
-    if chosen.arm is Arm.PINNED:
-        if release.state in (ReleaseState.DISCARDED, ReleaseState.FAILED):
-            raise unknown_model(model, snapshot, allowed)
-        evaluates = caller.key.allows(Scope.INTERNAL)
-        if not gateway.fleet.serves(release, tolerate_noise=evaluates):
-            await gateway.fleet.prepare(release, tolerate_noise=evaluates)
-            gateway.directory.remember(release.name)
-    elif earlier is not None and not gateway.fleet.serves(release):
-        # The conversation's release is loaded nowhere: it goes on with another.
-        return route(snapshot, model, person_id=caller.person_id, allowed=allowed)
-    return chosen
-
-
-def _may_be_a_release(model: str) -> bool:
-    return "@" in model and len(model) <= 128 and "\x00" not in model
+async def _find_pinned(gateway: Gateway, key: KeyView, model: str) -> ReleaseView:
+    """The release that a request names. Raises NotFound, also for one that was put away."""
+    snapshot = gateway.directory.snapshot
+    release = snapshot.find_release(model)
+    if release is None and len(model) <= 128 and "\x00" not in model:
+        release = await asyncio.to_thread(_find_release, gateway, model)
+    if release is None or release.state in (ReleaseState.DISCARDED, ReleaseState.FAILED):
+        raise unknown_model(model, snapshot, key.deployments)
+    return release
 
 
 def _find_release(gateway: Gateway, name: str) -> ReleaseView | None:
     with gateway.database.read() as session:
         return load_release(session, name)
+
+
+async def _route(
+    gateway: Gateway,
+    caller: Caller,
+    model: str,
+    pinned: ReleaseView | None,
+    earlier: EarlierAnswer | None,
+    hold: Hold,
+) -> Route:
+    """Who answers. From here to the request's end nothing unloads that release."""
+    fleet, snapshot, allowed = gateway.fleet, gateway.directory.snapshot, caller.key.deployments
+    chosen = route(
+        snapshot, model, person_id=caller.person_id, allowed=allowed, earlier=earlier, pinned=pinned
+    )
+    if chosen.release is None:
+        return chosen
+    if chosen.arm is Arm.PINNED:
+        evaluates = caller.key.allows(Scope.INTERNAL)
+        await fleet.pin(chosen.release, hold, tolerate_noise=evaluates)
+        gateway.directory.remember(chosen.release.name)
+        return chosen
+    if earlier is not None and not fleet.serves(chosen.release):
+        # The conversation's release is loaded nowhere: it goes on with another.
+        chosen = route(snapshot, model, person_id=caller.person_id, allowed=allowed)
+    if chosen.release is not None:
+        hold.take(chosen.release)
+    return chosen
 
 
 def _header_value(text: str) -> str:

@@ -257,13 +257,6 @@ def _create(session: Session, gateway: Gateway, caller: Caller, body: Deployment
         )
     base = gateway.base
     deployments.check_base_serves(gateway, body.base_model or base.name)
-    existing = session.scalar(select(func.count()).select_from(Deployment)) or 0
-    if existing >= (gateway.fleet.capacity - 1) // 3:
-        raise Conflict(
-            f"{existing} deployments are there, and engine.max_loras is {gateway.fleet.capacity}: "
-            f"another one takes at least {3 * existing + 4} (three for each and one more)",
-            code="no_adapter_slot",
-        )
     row = releases.create_deployment(
         session,
         name=body.name,
@@ -276,6 +269,14 @@ def _create(session: Session, gateway: Gateway, caller: Caller, body: Deployment
         policies=merge_policies({}, body.policies),
         created_by=caller.key.user,
     )
+    count = session.scalar(select(func.count()).select_from(Deployment)) or 0
+    if count > (gateway.fleet.capacity - 1) // 3:
+        raise Conflict(
+            f"{count - 1} deployments are there, and an engine holds {gateway.fleet.capacity} "
+            f"adapters: another one takes engine.max_loras of at least {3 * count + 1} "
+            "(three for each and one more)",
+            code="no_adapter_slot",
+        )
     append_audit(session, caller, "deployment_created", row.name, aliases=body.aliases)
 
 

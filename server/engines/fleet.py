@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 15.0
 """Pause before a release that an engine could not restore is tried there again."""
+
+MOST_REFUSED = 256  #: releases that are remembered as unfit for pins
 
 MOST_EXPLAINED = 3  #: engines whose state a 503 tells; `readyz` lists them all
 MOST_REASON_CHARACTERS = 200  #: of each of these
@@ -130,6 +133,33 @@ class Run:
             del running[name]
 
 
+class Hold:
+    """The adapter that one request keeps loaded, from its routing to its end.
+
+    Does nothing until it takes a release. What it keeps may lose its role meanwhile, and stays.
+    """
+
+    __slots__ = ("_held", "_name")
+
+    def __init__(self, held: dict[str, int]) -> None:
+        self._held = held
+        self._name: str | None = None
+
+    def take(self, release: Weights) -> None:
+        """Keep `release`, and no longer what was kept before."""
+        self.end()
+        if release.adapter_id is not None:
+            self._name = release.engine_name
+            self._held[self._name] = self._held.get(self._name, 0) + 1
+
+    def end(self) -> None:
+        name, self._name = self._name, None
+        if name is not None:
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The evaluation slot, held by a worker for one release."""
@@ -176,7 +206,9 @@ class Fleet:
         self._monotonic = monotonic
         self.traits = dict(traits or {})
         self._leases: dict[str, Lease] = {}
-        self._moving: Counter[str] = Counter()
+        self._moving: dict[str, int] = {}  #: releases on their way to a role, how often
+        self._held: dict[str, int] = {}  #: what requests keep, how many of them
+        self._refused: dict[str, tuple[float, Unfit]] = {}  #: pins that failed, until when
 
     # Requests
 
@@ -186,6 +218,11 @@ class Fleet:
         if member is None:
             raise NotReady(self.explain_not_ready(), code="engine_not_ready")
         return member
+
+    def check_ready(self) -> None:
+        """Raises NotReady where no engine takes requests."""
+        if not self.is_ready():
+            raise NotReady(self.explain_not_ready(), code="engine_not_ready")
 
     def find_another(self, engine_name: str, than: Member) -> Member | None:
         """An engine beside `than` that has `engine_name` proven."""
@@ -232,7 +269,7 @@ class Fleet:
         `tolerate_noise` lets a release answer whose effect the engine's noise hides: for its
         evaluation only. Raises NotReady where no engine is ready or none has a slot, Unfit where an
         engine does not answer with these weights (it is unloaded there again). Until something
-        needs the release, the next move may unload it: see `keep`.
+        needs the release, the next move may unload it: see `keep` and `pin`.
         """
         ready = [m for m in self.members.values() if m.status is EngineStatus.READY]
         if not ready:
@@ -256,11 +293,57 @@ class Fleet:
     @contextmanager
     def keep(self, release: Weights) -> Iterator[None]:
         """Nothing unloads `release` during the block: it is on its way to a role."""
-        self._moving[release.engine_name] += 1
+        name = release.engine_name
+        self._moving[name] = self._moving.get(name, 0) + 1
         try:
             yield
         finally:
-            self._moving[release.engine_name] -= 1
+            self._moving[name] -= 1
+            if not self._moving[name]:
+                del self._moving[name]
+
+    def holding(self) -> Hold:
+        """A hold for one request, which keeps nothing yet."""
+        return Hold(self._held)
+
+    async def pin(self, release: Weights, hold: Hold, *, tolerate_noise: bool = False) -> None:
+        """Have `release` loaded and proven for a request that names it, until `hold` ends.
+
+        Pins use the slots that roles and evaluation leave. Raises NotReady `no_adapter_slot` where
+        none is left, and what `prepare` raises; Unfit at once where it was raised a moment ago.
+        """
+        self._check_room_for_pin(release)
+        hold.take(release)
+        if self.serves(release, tolerate_noise=tolerate_noise):
+            return
+        until, known = self._refused.get(release.engine_name, (0.0, None))
+        if known is not None and self._monotonic() < until:
+            raise Unfit(known.message, code=str(known.code), proof=known.proof)
+        try:
+            await self.prepare(release, tolerate_noise=tolerate_noise)
+        except Unfit as error:
+            self._remember_refusal(release.engine_name, error)
+            raise
+
+    def _check_room_for_pin(self, release: Weights) -> None:
+        """The evaluation slot is no pin's, and no pin takes the place of what has a role."""
+        claimed = self._claimed()
+        if release.adapter_id is None or release.engine_name in claimed | self._leased():
+            return
+        in_use = (claimed | self._held.keys() | {release.engine_name}) - {self.base_name}
+        if len(in_use) > self.capacity - 1:
+            raise NotReady(
+                f"release {release.name!r} finds no slot: roles and running requests need "
+                f"{len(in_use) - 1} of {self.capacity} and one is for evaluations; try again, "
+                "or raise engine.max_loras",
+                code="no_adapter_slot",
+            )
+
+    def _remember_refusal(self, engine_name: str, error: Unfit) -> None:
+        self._refused.pop(engine_name, None)
+        self._refused[engine_name] = (self._monotonic() + RETRY_SECONDS, error)
+        while len(self._refused) > MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
 
     def serves(self, release: Weights, *, tolerate_noise: bool = False) -> bool:
         """True when some engine may answer with `release` now."""
@@ -289,8 +372,7 @@ class Fleet:
             if self._is_fit(release, proof, tolerate_noise):
                 return proof
             # Under evaluation the engine keeps what others may not be answered with.
-            leased = {lease.release.engine_name for lease in self._leases.values()}
-            if proof.outcome is not Outcome.UNPROVEN or release.engine_name not in leased:
+            if proof.outcome is not Outcome.UNPROVEN or release.engine_name not in self._leased():
                 await self._unload(member, release.engine_name)
             raise Unfit(f"{release.name}: {proof.message()}", code=proof.outcome.value, proof=proof)
 
@@ -386,10 +468,16 @@ class Fleet:
         )
 
     def _protected(self) -> set[str]:
+        return self._claimed() | self._leased() | self._held.keys()
+
+    def _claimed(self) -> set[str]:
+        """Engine names of what has a role, or is on its way to one."""
+        return {release.engine_name for release in self._wanted()} | self._moving.keys()
+
+    def _leased(self) -> set[str]:
+        """Engine names of what is under evaluation."""
         self._drop_expired_leases()
-        names = {release.engine_name for release in self._wanted()}
-        names |= {name for name, count in self._moving.items() if count}
-        return names | {lease.release.engine_name for lease in self._leases.values()}
+        return {lease.release.engine_name for lease in self._leases.values()}
 
     def _evictable(self, member: Member) -> list[str]:
         """Adapters that may go, least recently used first."""
@@ -415,8 +503,8 @@ class Fleet:
                 "the slot is free again when that ends",
                 code="evaluation_slot_taken",
             )
-        lease = Lease(token, release, self._monotonic() + seconds)
-        self._leases[token] = lease
+        # However long the load takes, nothing else gets the slot; then the time begins.
+        self._leases[token] = Lease(token, release, math.inf)
         try:
             await self.prepare(release, tolerate_noise=True)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from feedback.answers import EarlierAnswer
 from feedback.errors import NotFound
 from feedback.tables import Arm
-from server.routing import DeploymentView, ReleaseView, Snapshot, canary_draw, route
+from server.routing import (
+    MOST_NAMED,
+    DeploymentView,
+    ReleaseView,
+    Snapshot,
+    canary_draw,
+    list_names,
+    route,
+    unknown_model,
+)
 
 
 def release(number: int, deployment: str = "assistant") -> ReleaseView:
@@ -165,3 +175,38 @@ def test_a_canary_s_share_is_that_of_the_people_and_recorded() -> None:
     assert 0.08 < len(canaries) / len(routes) < 0.12
     assert {found.propensity for found in canaries} == {0.1}
     assert {found.propensity for found in routes if found.arm is Arm.PRODUCTION} == {0.9}
+
+
+def test_the_error_for_an_unknown_model_lists_a_few_names_however_many_there_are() -> None:
+    many = {
+        f"d{n:05}": replace(WRITER, name=f"d{n:05}", production=release(0, f"d{n:05}"))
+        for n in range(10_000)
+    }
+    crowded = Snapshot(base_model="tiny", deployments=many)
+    for allowed, more in ((None, 10_001), (tuple(many)[:30], 31), (("d00001",), 2), ((), 0)):
+        message = unknown_model("x", crowded, allowed).message
+        listed = list_names(crowded, allowed)[:MOST_NAMED]
+        assert f"your models: {', '.join(listed) or 'none'}" in message
+        left = f"and {more - MOST_NAMED} more"
+        assert (left in message) == (more > MOST_NAMED)
+        assert len(message) < 500
+
+
+def test_a_refusal_goes_through_the_names_once_for_each_snapshot() -> None:
+    class Counted(dict[str, DeploymentView]):
+        scans = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.scans += 1
+            return super().__iter__()
+
+    names = Counted(assistant=PLAIN, writer=WRITER)
+    crowded = Snapshot(base_model="tiny", deployments=names)
+    for model in ("x", "x@1", "nobody@2", "assistant@99", "tiny"):
+        for allowed in (None, ("writer",)):
+            if model != "tiny":
+                with pytest.raises(NotFound):
+                    route(crowded, model, person_id="p", allowed=allowed)
+            else:
+                route(crowded, model, person_id="p", allowed=allowed)
+    assert names.scans == 2  # one for each kind of key

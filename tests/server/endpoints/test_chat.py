@@ -17,7 +17,9 @@ from sqlalchemy import func, select
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus, AnswerText, Conversation, Person
 from server.engines.fake import BASE, FakeEngine, Faults, fake_answer
+from server.snapshot import load_release
 from tests.gateway_fixtures import RunningGateway, start_gateway
+from tuner import releases
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -205,6 +207,70 @@ def test_every_refusal_is_openai_s_envelope(
             error = reply.json()["error"]
             assert error.keys() == {"message", "type", "param", "code"}
             assert (error["code"], error["param"]) == (code, param)
+
+
+def test_what_the_caller_has_to_mend_is_said_before_what_has_to_be_waited_for(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, subtests: pytest.Subtests
+) -> None:
+    discarded, pinned = sqlite_gateway.candidate(1), sqlite_gateway.candidate(2)
+    with sqlite_gateway.database.write() as session:
+        releases.discard(session, discarded.name)
+    fleet = sqlite_gateway.gateway.fleet
+    key = sqlite_gateway.key("app", end_users=True)
+    client = sqlite_gateway.client(key)
+    wrong: list[tuple[dict[str, Any], int]] = [
+        (chat(n=0, model="assistant"), 400),
+        ({**chat(), "messages": []}, 400),
+        (chat(metadata={"conversation_id": "x" * 300}), 400),
+        (chat(user="x" * 300), 400),
+        ({**chat(), "model": "nobody"}, 404),
+        ({**chat(), "model": "nobody@1"}, 404),
+        ({**chat(), "model": "assistant@99"}, 404),
+        ({**chat(), "model": discarded.name}, 404),
+    ]
+    fleet.capacity = 1  # no slot for a pin
+    for body, status in wrong:
+        with subtests.test("no slot", body=body):
+            assert client.post(CHAT, json=body).status_code == status
+    refused = client.post(CHAT, json={**chat(), "model": pinned.name})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_adapter_slot")
+    gateway_engine.dead = True
+    sqlite_gateway.reconcile()
+    for body, status in wrong:
+        with subtests.test("no engine", body=body):
+            assert client.post(CHAT, json=body).status_code == status
+    for model in ("assistant", "tiny", pinned.name):
+        refused = client.post(CHAT, json={**chat(), "model": model})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_not_ready")
+    with sqlite_gateway.database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Answer)) == 0
+
+
+def test_a_pinned_release_stays_from_its_load_to_the_end_of_the_request(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    pinned, others = sqlite_gateway.candidate(1), [sqlite_gateway.candidate(n) for n in (2, 3, 4)]
+    client, gateway = sqlite_gateway.client(sqlite_gateway.key("anna")), sqlite_gateway.gateway
+    assert client.post(CHAT, json=chat()).status_code == 200  # the person is known
+    replies: list[httpx.Response] = []
+    body = {**chat(), "model": pinned.name, "stream": True}
+    with sqlite_gateway.database.write() as session:
+        session.connection()  # nothing can be recorded meanwhile
+        asking = threading.Thread(target=lambda: replies.append(client.post(CHAT, json=body)))
+        asking.start()
+        eventually(lambda: gateway.recorder.depth > 0)
+        sqlite_gateway.run(gateway.fleet.trim())
+        for other in others:
+            view = load_release(session, other.name)
+            assert view is not None
+            hold = gateway.fleet.holding()
+            sqlite_gateway.run(gateway.fleet.pin(view, hold))
+            hold.end()
+    asking.join()
+    assert replies[0].status_code == 200, replies[0].text
+    assert pinned.signature in replies[0].text
+    sqlite_gateway.run(gateway.fleet.trim())
+    assert gateway.fleet.served_names() == set()  # the hold ended with the request
 
 
 def test_no_key_an_unknown_one_and_one_without_the_scope(sqlite_gateway: RunningGateway) -> None:

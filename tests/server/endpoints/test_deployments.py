@@ -68,6 +68,10 @@ def test_a_deployment_beyond_the_slots_is_refused(sqlite_gateway: RunningGateway
     reply = sqlite_gateway.client().post("/admin/deployments", json={"name": "poet"})
     assert reply.status_code == 409
     assert "engine.max_loras" in reply.json()["error"]["message"]
+    # What is wrong with it otherwise is told before.
+    for name, status, code in (("assistant", 409, "name_taken"), ("a b", 400, None)):
+        reply = sqlite_gateway.client().post("/admin/deployments", json={"name": name})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
 
 
 def test_what_no_deployment_can_be_is_refused_by_name(sqlite_gateway: RunningGateway) -> None:

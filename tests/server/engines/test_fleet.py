@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from feedback.errors import Conflict, NotReady
 from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
 from server.engines.fake.weights import BASE, Slots, fake_logprobs
-from server.engines.fleet import EngineStatus, Fleet, Member, Unfit
+from server.engines.fleet import EngineStatus, Fleet, Hold, Member, Unfit
 
 pytestmark = pytest.mark.anyio
 T = TypeVar("T")
@@ -213,6 +213,87 @@ async def test_with_every_slot_needed_a_further_release_is_refused() -> None:
     with pytest.raises(NotReady) as refused:
         await world.fleet.prepare(Weights(9))
     assert refused.value.code == "no_adapter_slot"
+
+
+async def test_what_a_request_holds_is_unloaded_by_no_trim_and_no_other_pin() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    hold = world.fleet.holding()
+    await world.fleet.pin(Weights(1), hold)
+    await world.fleet.trim()
+    for number in range(2, 9):
+        other = world.fleet.holding()
+        await world.fleet.pin(Weights(number), other)
+        other.end()
+    assert world.fleet.serves(Weights(1))
+    hold.end()
+    hold.end()  # once is enough, and twice is no more
+    await world.fleet.trim()
+    assert world.member.loaded == {}
+
+
+async def test_what_has_lost_its_role_stays_while_a_request_holds_it() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.promote(1)
+    hold = world.fleet.holding()
+    hold.take(Weights(1))
+    await world.promote(2)
+    await world.promote(3)  # the second move: no role is left
+    assert world.fleet.serves(Weights(1))
+    hold.end()
+    await world.fleet.trim()
+    assert not world.fleet.serves(Weights(1))
+
+
+@pytest.mark.parametrize("roles", [0, 1, 2, 3])
+async def test_pins_use_what_roles_leave_and_never_the_evaluation_slot(roles: int) -> None:
+    world = World(roles=[Weights(n) for n in range(1, roles + 1)] or [Weights(0)])
+    await world.fleet.reconcile()
+    left = CAPACITY - 1 - roles
+    holds = [world.fleet.holding() for _ in range(left + 1)]
+    for number, hold in enumerate(holds[:-1]):
+        await world.fleet.pin(Weights(10 + number), hold)
+    with pytest.raises(NotReady, match="one is for evaluations") as refused:
+        await world.fleet.pin(Weights(20), holds[-1])
+    assert refused.value.code == "no_adapter_slot"
+    await world.fleet.hold_evaluation_slot(Weights(30), "a", 60)
+    await world.fleet.pin(Weights(30), holds[-1])  # what is under evaluation has its slot
+    assert all(world.fleet.serves(Weights(10 + number)) for number in range(left))
+
+
+async def test_a_pin_that_proved_unfit_is_tried_again_after_a_while_alone() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    engine, hold = world.engines[0], world.fleet.holding()
+    engine.applies = False
+    for _ in range(3):
+        with pytest.raises(Unfit, match="still answers like the base") as refused:
+            await world.fleet.pin(Weights(1), hold)
+        assert refused.value.code == "not_active"
+        hold.end()
+    assert engine.slots.loads == 1
+    engine.applies = True
+    world.time += 20
+    await world.fleet.pin(Weights(1), hold)
+    assert world.fleet.serves(Weights(1))
+
+
+async def test_the_time_of_a_lease_begins_when_its_release_is_loaded() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    engine = world.engines[0]
+    engine.loading = asyncio.Event()
+    holding = asyncio.create_task(world.fleet.hold_evaluation_slot(Weights(1), "a", 60))
+    async with asyncio.timeout(5):
+        await engine.asked_to_load.wait()
+        world.time += 100
+        with pytest.raises(NotReady) as refused:
+            await world.fleet.hold_evaluation_slot(Weights(2), "b", 60)
+        assert refused.value.code == "evaluation_slot_taken"
+        engine.loading.set()
+        lease = await holding
+    assert lease.expires_at == world.time + 60
 
 
 async def test_a_running_answer_s_adapter_is_not_unloaded_until_it_ends() -> None:
@@ -491,6 +572,7 @@ class Slotting(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.world = World()
         self.running: list[tuple[Any, str]] = []
+        self.holds: list[tuple[Hold, int]] = []
         self.leases = 0
         self.do(self.world.fleet.reconcile())
 
@@ -516,17 +598,41 @@ class Slotting(RuleBasedStateMachine):
         assert self.world.fleet.serves(self.world.roles[0])
         assert self.world.engines[0].slots.loads == loads
 
-    @rule(number=numbers)
-    def pin(self, number: int) -> None:
-        with suppress(NotReady):
-            self.do(self.world.fleet.prepare(Weights(number)))
+    @rule(number=numbers, stays=st.booleans())
+    def pin(self, number: int, stays: bool) -> None:
+        hold = self.world.fleet.holding()
+        try:
+            self.do(self.world.fleet.pin(Weights(number), hold))
+        except NotReady:
+            assert len(self.claimed() | self.held() | {number}) > CAPACITY - 1
+        else:
+            if stays:
+                self.holds.append((hold, number))
+                return
+        hold.end()
+
+    @precondition(lambda self: self.holds)
+    @rule()
+    def end_pin(self) -> None:
+        self.holds.pop()[0].end()
+
+    def claimed(self) -> set[int]:
+        return {release.number for release in self.world.roles if release.number}
+
+    def held(self) -> set[int]:
+        return {number for _, number in self.holds}
 
     @rule(number=numbers)
     def evaluate(self, number: int) -> None:
         self.leases += 1
-        with suppress(NotReady):
-            token = str(self.leases)
+        token = str(self.leases)
+        running = {int(name.split("-")[1]) for _, name in self.running}
+        try:
             self.do(self.world.fleet.hold_evaluation_slot(Weights(number), token, 10))
+        except NotReady as refused:
+            # Requests that run on what had a role may need it; pins alone never do.
+            if refused.code == "no_adapter_slot":
+                assert len(self.claimed() | self.held() | running) > CAPACITY - 1
 
     @rule(number=numbers)
     def begin(self, number: int) -> None:
@@ -551,7 +657,7 @@ class Slotting(RuleBasedStateMachine):
     def wait(self) -> None:
         self.world.time += 6
 
-    @precondition(lambda self: not self.running)
+    @precondition(lambda self: not self.running and not self.holds)
     @rule()
     def restart(self) -> None:
         self.world.engines[0].restart()
@@ -570,6 +676,7 @@ class Slotting(RuleBasedStateMachine):
     def what_has_a_role_or_runs_is_in_the_engine_s_memory(self) -> None:
         needed = {r.engine_name for r in self.world.roles if r.number}
         needed |= {name for _, name in self.running}
+        needed |= {Weights(number).engine_name for number in self.held()}
         assert needed <= set(self.world.engines[0].slots.in_memory)
 
 
