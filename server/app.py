@@ -6,6 +6,7 @@ Does not own: what the gateway consists of (`gateway.py`).
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,13 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feedback.db import Database
 from server import endpoints, request_ids
 from server.auth import check_routes
-from server.bounds import BoundedHttpProtocol
+from server.bounds import Bounds
 from server.endpoints.chat import Completions
 from server.errors import add_error_handlers, describe_error
 from server.gateway import Gateway, build_gateway, running, sole_gateway
 from server.idempotency import REPLAYED_HEADER
 from server.limits import LimitRequests
-from server.machine import collect_garbage_rarely, installed_version
+from server.machine import allow_open_files, collect_garbage_rarely, installed_version
 from server.metrics import CountRequests
 from server.openapi import DescribedApi
 from server.proxy import ALWAYS
@@ -50,6 +51,9 @@ _EXPOSED = (
     ),
 )
 """Headers that scripts of other origins may read."""
+
+_OTHER_FILES = 256  #: open files beside connections: the database, uploads, logs
+logger = logging.getLogger(__name__)
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -166,6 +170,7 @@ def serve(settings: Settings) -> int:
     gateway = build_gateway(settings, read_base(settings), Database(settings.database_url))
     server = GatewayServer(build_config(create_app(gateway), settings), gateway)
     collect_garbage_rarely()
+    _allow_connections(settings.gateway.max_connections)
     try:
         check_schema(gateway.database)
         with sole_gateway(gateway.database):
@@ -175,15 +180,31 @@ def serve(settings: Settings) -> int:
     return 0 if server.started else 1
 
 
+def _allow_connections(most: int) -> None:
+    """Each may need one of its own to an engine."""
+    wanted = 2 * most + _OTHER_FILES
+    allowed = allow_open_files(wanted)
+    if allowed < wanted:
+        logger.warning(
+            "%s open files are allowed, and gateway.max_connections = %s needs %s: raise `ulimit "
+            "-n`, or lower it",
+            allowed,
+            most,
+            wanted,
+            extra={"action": "open_files_few"},
+        )
+
+
 def build_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How uvicorn serves the application."""
     proxies = settings.gateway.forwarded_allow_ips
+    gateway: Gateway = app.state.gateway
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=BoundedHttpProtocol,
+        http=Bounds(settings.gateway, gateway.figures.connections_ended).protocol(),
         ws="none",
         lifespan="on",
         log_config=None,

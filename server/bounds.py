@@ -1,48 +1,213 @@
-"""What is not read: requests whose head is too long.
+"""What one connection may take: bytes of a head, time for head and body, time to read, a place.
 
-Owns: uvicorn's HTTP protocol with a bound, and its refusals in our envelope. uvicorn's own has
-none: the head of a request, complete or not, would fill the memory. Does not own: bodies
-(`endpoints/bodies.py`).
+Owns: uvicorn's HTTP protocol with these bounds, its refusals in our envelope, and that an offer to
+change the protocol, which is never taken, costs nothing. uvicorn's own has no bounds: a head, whole
+or not, would fill the memory, and a client that sends or reads nothing more would stay for ever.
+All of it holds before any key is known. Does not own: the size of bodies (`endpoints/bodies.py`).
+
+One timer looks at all connections, so a request sets no timer of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import socket
+import struct
+import time
+from enum import Enum, auto
+from functools import partial
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import envelope
+from server.metrics import Counter
+from server.settings import GatewaySettings
 
 MOST_HEAD_BYTES = 16 * 1024
+MOST_PIPELINED = 16  #: requests of one connection that wait for the answer to an earlier one
+SLOWEST_BYTES_PER_SECOND = 1024  #: of a body on its way here, and of a reply that is being taken
 _LINGER_SECONDS = 1.0
+_LONGEST_BETWEEN_LOOKS_SECONDS = 1.0
+_OF_AN_UPGRADE = (b"upgrade", b"http2-settings")
 
 
 class _HeadTooLong(Exception):
-    """Ends the parser's work."""
+    """Ends the parser's work: there are more bytes of a head than it may have."""
+
+
+class _TooManyRequests(Exception):
+    """Ends the parser's work: more requests wait than may."""
+
+
+class _Phase(Enum):
+    """What a connection waits for."""
+
+    HEAD = auto()  #: its first request, or the rest of a head that has begun
+    BODY = auto()  #: the rest of a request's body
+    ANSWER = auto()  #: us
+    REST = auto()  #: the rest of a body that was answered before it was whole
+    IDLE = auto()  #: the next request
+    CLOSING = auto()  #: that the last bytes are taken
+
+
+class Bounds:
+    """The bounds of all connections of one server, and which connections there are."""
+
+    def __init__(self, settings: GatewaySettings, ended: Counter) -> None:
+        self.settings = settings
+        self._ended = ended
+        self._open: set[BoundedHttpProtocol] = set()
+        #: those of which no request has come whole, the one that waits longest first
+        self._waiting: dict[BoundedHttpProtocol, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        shortest = min(
+            settings.head_timeout_seconds,
+            settings.body_timeout_seconds,
+            settings.write_timeout_seconds,
+            settings.keep_alive_timeout_seconds,
+        )
+        self._between_looks = min(_LONGEST_BETWEEN_LOOKS_SECONDS, shortest / 4)
+
+    def protocol(self) -> Any:
+        """What uvicorn makes for each connection."""
+        return partial(BoundedHttpProtocol, bounds=self)
+
+    def admit(self, connection: BoundedHttpProtocol) -> bool:
+        """Whether there is a place for one more.
+
+        Where there is none, the connection that has waited longest for its request gives up its
+        own. So those that send nothing, or half a head, keep nobody out, however many they are; all
+        others have shown a key, or are answered at once. There is no limit for one address: behind
+        a proxy all come from one.
+        """
+        if len(self._open) >= self.settings.max_connections:
+            displaced = next(iter(self._waiting), None)
+            if displaced is None:
+                self.count("refused")
+                return False
+            self.forget(displaced)
+            self.count("displaced")
+            displaced.transport.abort()
+        self._open.add(connection)
+        if self._timer is None:
+            self._look_later(connection.loop)
+        return True
+
+    def wait(self, connection: BoundedHttpProtocol) -> None:
+        """It waits for a request from now on."""
+        self._waiting[connection] = None
+
+    def work(self, connection: BoundedHttpProtocol) -> None:
+        """A request of it is being read or answered."""
+        self._waiting.pop(connection, None)
+
+    def forget(self, connection: BoundedHttpProtocol) -> None:
+        """It is no more."""
+        self._open.discard(connection)
+        self._waiting.pop(connection, None)
+
+    def count(self, reason: str) -> None:
+        """A connection was ended from here."""
+        self._ended.add(reason)
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(self._between_looks, self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = time.monotonic()
+        for connection in list(self._open):
+            connection.look(now)
+        self._timer = None
+        if self._open:
+            self._look_later(loop)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Reads heads (request line and headers, trailers too) up to `MOST_HEAD_BYTES`."""
+    """One connection of a client.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    A head (request line and headers; trailers too) has at most `MOST_HEAD_BYTES`.
+    """
+
+    def __init__(self, *args: Any, bounds: Bounds, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0  # of this request, as far as the parser has told
-        self._untold_bytes = 0  # received since a head was complete, or a piece of a body came
-        self._piece_bytes = 0  # of what is being parsed, as long as it is all of one head
+        self._bounds = bounds
+        self._phase = _Phase.HEAD
+        self._since = time.monotonic()  #: when the phase began
+        self._body_bytes = 0  #: received of the body since then
+        self._stalled_since = 0.0  #: while writing is paused
+        self._left_bytes = 0  #: what was to be written then
+        self._head_bytes = 0  #: of this request, as far as the parser has told
+        self._untold_bytes = 0  #: received since a head was complete, or a piece of a body came
+        self._piece_bytes = 0  #: of what is being parsed, as long as it is all of one head
         self._is_too_long = False
+        self._is_offer = False  #: the head that was read last offers another protocol
         self._is_refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self._bounds.admit(self):
+            self._bounds.wait(self)
+        else:
+            most = self._bounds.settings.max_connections
+            self._refuse(
+                503,
+                f"{most} connections are busy (gateway.max_connections); try again",
+                "too_many_connections",
+            )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._bounds.forget(self)
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
+        if self._phase is _Phase.IDLE:
+            self._enter(_Phase.HEAD)
         self._untold_bytes += len(data)
-        self._piece_bytes = len(data)
-        super().data_received(data)
+        self._feed(data)
         # The parser keeps a header to itself until its end, which may never come.
         if self._untold_bytes > MOST_HEAD_BYTES and not self._is_refused:
             self._is_too_long = True
             self.send_400_response("")
+
+    def _feed(self, data: bytes) -> None:
+        self._piece_bytes = len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._pass_over_offer(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("what was sent cannot be read as HTTP")
+
+    def _pass_over_offer(self, rest: bytes) -> None:
+        """Read the same request without its offer (RFC 9110, 7.8: a server may ignore it).
+
+        The parser would take all that follows the head for the other protocol, so a new one gets
+        the head anew.
+        """
+        self._is_offer = False
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("CONNECT is for proxies, and this is none")
+            return
+        version = self.parser.get_http_version().encode("ascii")
+        lines = [method + b" " + self.url + b" HTTP/" + version]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(t for t in tokens if t.lower() not in _OF_AN_UPGRADE)
+            if name not in _OF_AN_UPGRADE:
+                lines.append(name + b": " + value)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._feed(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
+    # What the parser tells
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -59,14 +224,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._untold_bytes = 0
+        if self.parser.should_upgrade():
+            self._is_offer = True
+            return
+        if len(self.pipeline) >= MOST_PIPELINED:
+            raise _TooManyRequests
+        self._enter(_Phase.BODY)
+        self._body_bytes = 0
+        self._bounds.work(self)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._untold_bytes = self._piece_bytes = 0
+        self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._untold_bytes = self._piece_bytes = 0
+        if self._is_offer:
+            return
+        if self.cycle.response_complete:
+            self._wait()
+        else:
+            self._phase = _Phase.ANSWER
         super().on_message_complete()
 
     def _count(self, told: int) -> None:
@@ -75,21 +255,134 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._is_too_long = True
             raise _HeadTooLong
 
+    # What becomes of the connection
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; uvicorn's own would set a timer for it."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            self._enter(_Phase.CLOSING)
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._phase is _Phase.BODY:
+            self._enter(_Phase.REST)
+        elif self.cycle.response_complete:
+            self._wait()
+
+    def _wait(self) -> None:
+        """For the next request, of which something may be here already."""
+        self._enter(_Phase.HEAD if self._untold_bytes else _Phase.IDLE)
+        self._bounds.wait(self)
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        self._since = time.monotonic()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled_since = time.monotonic()
+        self._left_bytes = self.transport.get_write_buffer_size()
+
+    def look(self, now: float) -> None:
+        """End the connection where its time is over."""
+        settings, waited = self._bounds.settings, now - self._since
+        if self.transport.is_closing():
+            if self._phase is not _Phase.CLOSING:
+                self._enter(_Phase.CLOSING)
+            elif waited > settings.write_timeout_seconds:
+                self._abort("write_timeout")
+        elif self.flow.write_paused and self._has_stalled(now, settings.write_timeout_seconds):
+            self._abort("write_timeout")
+        elif self._phase is _Phase.HEAD and waited > settings.head_timeout_seconds:
+            self._bounds.count("head_timeout")
+            if not self._untold_bytes:
+                self._close()  # nothing was asked, so there is nothing to answer
+                return
+            self._refuse(
+                408,
+                "request line and headers did not come within "
+                f"{settings.head_timeout_seconds:g} s (gateway.head_timeout_seconds)",
+                "request_timeout",
+            )
+        elif self._phase is _Phase.BODY:
+            self._look_at_body(now, settings.body_timeout_seconds)
+        elif (self._phase is _Phase.REST and waited > settings.body_timeout_seconds) or (
+            self._phase is _Phase.IDLE and waited > settings.keep_alive_timeout_seconds
+        ):
+            self._close()
+
+    def _has_stalled(self, now: float, most_seconds: float) -> bool:
+        """Whether the client took too little, over a period, of what waits for it."""
+        if now - self._stalled_since <= most_seconds:
+            return False
+        left = self.transport.get_write_buffer_size()
+        taken, self._left_bytes, self._stalled_since = self._left_bytes - left, left, now
+        return taken < SLOWEST_BYTES_PER_SECOND * most_seconds
+
+    def _look_at_body(self, now: float, most_seconds: float) -> None:
+        if self.flow.read_paused or self.pipeline:
+            self._since, self._body_bytes = now, 0  # we are the slower ones
+            return
+        allowed = most_seconds + self._body_bytes / SLOWEST_BYTES_PER_SECOND
+        if now - self._since <= allowed:
+            return
+        self._bounds.count("body_timeout")
+        self._refuse(
+            408,
+            f"the body did not come whole: it may take {most_seconds:g} s "
+            f"(gateway.body_timeout_seconds) and 1 s for each {SLOWEST_BYTES_PER_SECOND} bytes",
+            "request_timeout",
+        )
+
+    def _abort(self, reason: str) -> None:
+        """Let go of all that was to be written, here and in the kernel."""
+        self._bounds.count(reason)
+        file = self.transport.get_extra_info("socket").fileno()
+        with socket.socket(fileno=os.dup(file)) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _close(self) -> None:
+        self._enter(_Phase.CLOSING)
+        self.transport.close()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what cannot be read, and close."""
-        self._is_refused = True
-        status, code = (431, "headers_too_large") if self._is_too_long else (400, None)
         if self._is_too_long:
             msg = f"request line and headers have more than {MOST_HEAD_BYTES} bytes together"
-        body = json.dumps(envelope(msg, type="invalid_request_error", code=code)).encode()
+            self._refuse(431, msg, "headers_too_large")
+        else:
+            self._refuse(400, msg, None)
+
+    def _refuse(self, status: int, message: str, code: str | None) -> None:
+        self._is_refused = True
+        if self._phase is _Phase.ANSWER or self.pipeline:
+            # A word here would stand amid an answer, or pass for one: what was asked before is
+            # answered, and then it ends.
+            last = self.pipeline[0][0] if self.pipeline else self.cycle
+            last.keep_alive = False
+            return
+        if self._phase is _Phase.BODY:
+            if self.cycle.response_started:
+                self._close()
+                return
+            self.cycle.disconnected = True  # its route has nobody to answer any more
+            self.cycle.message_event.set()
+        kind = "service_unavailable" if status == 503 else "invalid_request_error"
+        body = json.dumps(envelope(message, type=kind, code=code)).encode()
+        again = b"retry-after: 1\r\n" if status == 503 else b""
         self.transport.write(
             STATUS_LINE[status]
             + b"content-type: application/json\r\ncontent-length: "
             + str(len(body)).encode()
-            + b"\r\nconnection: close\r\n\r\n"
+            + b"\r\nconnection: close\r\n"
+            + again
+            + b"\r\n"
             + body
         )
         # Closed at once, with bytes unread, the kernel would take the reply back.
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        self.loop.call_later(_LINGER_SECONDS, self._close)

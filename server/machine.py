@@ -1,8 +1,8 @@
 """What this machine is, as far as defaults and the doctor depend on it, and this interpreter.
 
 Owns: reading cores, instruction sets, memory and GPUs without importing torch or vLLM; how often
-garbage is collected. Does not own: what follows from the machine (`engines/process.py`,
-`doctor.py`).
+garbage is collected; how many files may be open. Does not own: what follows from the machine
+(`engines/process.py`, `doctor.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -42,6 +43,16 @@ def read_machine() -> Machine:
         memory_bytes=min(_physical_memory(), _container_memory()),
         device="cuda" if installed_version("vllm") and list_gpus() else "cpu",
     )
+
+
+def allow_open_files(wanted: int) -> int:
+    """Let this process hold so many open files where it may; how many it may hold now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limited = [limit for limit in (wanted, hard) if limit != resource.RLIM_INFINITY]
+    if soft != resource.RLIM_INFINITY and soft < min(limited):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(limited), hard))
+        soft = min(limited)
+    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def installed_version(distribution: str) -> str | None:

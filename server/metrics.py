@@ -94,6 +94,7 @@ class Figures:
         self.completion_tokens = Counter("release", "arm")
         self.judgements = Counter("kind", "source")
         self.not_recorded = Counter()
+        self.connections_ended = Counter("reason")
         labels = ("release", "arm")
         self.duration = {kind: Histogram(_SECONDS, *labels) for kind in ("plain", "streamed")}
         self.first_token = Histogram(_SECONDS, *labels)
@@ -243,6 +244,12 @@ def _traffic_lines(figures: Figures) -> Iterator[str]:
         "counter",
         "Requests refused and answers withheld because their row was not committed in time.",
         figures.not_recorded.samples() or [({}, 0)],
+    )
+    yield from _family(
+        "burnish_connections_ended_total",
+        "counter",
+        "Connections that the gateway ended or refused to keep within its bounds.",
+        figures.connections_ended.samples(),
     )
 
 

@@ -193,6 +193,23 @@ class GatewaySettings(Section):
     engine_timeout_seconds: float = Field(
         default=600.0, gt=0, description="Longest silence of the engine."
     )
+    max_connections: int = Field(
+        default=1000,
+        ge=1,
+        description="Connections at once; one that waits gives way to a new one.",
+    )
+    head_timeout_seconds: float = Field(
+        default=10.0, gt=0, description="Longest time for a request line and headers."
+    )
+    body_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="Time for a body, beside 1 s for each KiB of it."
+    )
+    write_timeout_seconds: float = Field(
+        default=60.0, gt=0, description="Then a client that takes nothing of its reply is ended."
+    )
+    keep_alive_timeout_seconds: float = Field(
+        default=75.0, gt=0, description="How long a connection is kept for a next request."
+    )
     refresh_seconds: float = Field(
         default=1.0, gt=0, description="How often keys and deployments are read again."
     )

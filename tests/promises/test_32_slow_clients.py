@@ -27,6 +27,8 @@ NEVER_READING, ROUNDS = 4, 3
 TOKENS = 100_000  #: about 25 MB of events in one answer
 MOST_MIB = 8.0  #: that such a client may cost the gateway, buffers of both its connections included
 
+PATIENT = {"BURNISH_GATEWAY__WRITE_TIMEOUT_SECONDS": "600"}  #: they stay to be measured
+
 
 def test_clients_that_never_read_neither_fill_the_memory_nor_slow_the_others(
     tmp_path: Path,
@@ -44,7 +46,7 @@ def test_clients_that_never_read_neither_fill_the_memory_nor_slow_the_others(
     with (
         ExitStack() as stack,
         engine_process() as engine,
-        gateway_process(settings.data, base.path, engine, log) as gateway,
+        gateway_process(settings.data, base.path, engine, log, **PATIENT) as gateway,
     ):
         pid = int((settings.data / "burnish.gateway.lock").read_text())
         ask_at_rate(gateway.url, "assistant", key, requests=asked)  # the first ones are slower

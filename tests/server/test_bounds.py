@@ -1,16 +1,25 @@
-"""Heads of requests that are too long, or none."""
+"""What one connection may take: heads, time, a place; and offers that nobody takes."""
 
 from __future__ import annotations
 
 import json
+import re
+import select
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from sqlalchemy import select as select_rows
 
+from feedback.db import Database
+from feedback.tables import Answer, AnswerStatus
 from server.bounds import MOST_HEAD_BYTES
-from tests.gateway_fixtures import RunningGateway
+from server.engines.fake import FakeEngine, Faults
+from tests.gateway_fixtures import RunningGateway, start_gateway
 
 
 def exchange(gateway: RunningGateway, *pieces: bytes) -> tuple[int, dict[str, str | None]]:
@@ -75,3 +84,269 @@ def test_other_clients_are_answered_while_one_never_ends_its_head(
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(START)
         assert httpx.get(f"{sqlite_gateway.url}/healthz", trust_env=False).status_code == 200
+
+
+# Offers of another protocol
+
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQA\r\n"
+WEBSOCKET = (
+    b"connection: keep-alive, upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+)
+QUESTION = json.dumps(
+    {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
+).encode()
+
+
+def post(
+    key: str, *, more: bytes = b"", body: bytes = QUESTION, length: int | None = None
+) -> bytes:
+    """A chat as bytes; `length` differs from the body's where the rest is held back."""
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer "
+        + key.encode()
+        + b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+        % (len(body) if length is None else length)
+        + more
+        + b"\r\n"
+        + body
+    )
+
+
+@contextmanager
+def connected(gateway: RunningGateway) -> Iterator[socket.socket]:
+    address = urlsplit(gateway.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        yield connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the gateway ends the connection."""
+    received = b""
+    try:
+        while more := connection.recv(65536):
+            received += more
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
+
+
+@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+def test_an_offer_of_another_protocol_is_passed_over(
+    sqlite_gateway: RunningGateway, offer: bytes
+) -> None:
+    asked = post(sqlite_gateway.admin_key, more=offer)
+    last = post(sqlite_gateway.admin_key, more=b"connection: close\r\n")
+    head = asked.index(b"\r\n\r\n") + 4
+    for cut in (20, head - 10, head, head + 5, len(asked)):
+        with connected(sqlite_gateway) as connection:
+            connection.sendall(asked[:cut])
+            # Two packets, also where the kernel would have made one of them.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(asked[cut:])
+            connection.sendall(asked + last)
+            assert statuses(read_all(connection)) == [200, 200, 200], cut
+
+
+def test_an_offer_with_a_body_in_chunks_is_passed_over(sqlite_gateway: RunningGateway) -> None:
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(QUESTION), QUESTION)
+    more = b"transfer-encoding: chunked\r\n" + H2C
+    asked = post(sqlite_gateway.admin_key, more=more, body=b"", length=0)
+    asked = asked.replace(b"content-length: 0\r\n", b"") + chunks
+    with connected(sqlite_gateway) as connection:
+        connection.sendall(asked + post(sqlite_gateway.admin_key, more=b"connection: close\r\n"))
+        assert statuses(read_all(connection)) == [200, 200]
+
+
+def test_a_client_that_takes_the_gateway_for_a_proxy_is_told(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    status, error = exchange(sqlite_gateway, b"CONNECT example.org:443 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert status == 400
+    assert "CONNECT" in (error["message"] or "")
+
+
+# What comes amid an answer
+
+
+def test_what_cannot_be_read_stands_in_no_answer(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+) -> None:
+    gateway_engine.faults = Faults(token_seconds=0.02)
+    with connected(sqlite_gateway) as connection:
+        connection.sendall(post(sqlite_gateway.admin_key))
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        received = read_all(connection)
+    assert statuses(received) == [200]
+    assert b'"finish_reason"' in received
+
+
+def test_a_flood_of_requests_on_one_connection_is_cut_off(sqlite_gateway: RunningGateway) -> None:
+    with connected(sqlite_gateway) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost:x\r\n\r\n" * 5_000)
+        found = statuses(read_all(connection))
+    assert set(found) == {200}
+    assert 1 <= len(found) < 5_000
+
+
+# Time
+
+
+HASTY = {f"{what}_timeout_seconds": 0.4 for what in ("head", "body", "write", "keep_alive")}
+
+
+@pytest.fixture
+def hasty_gateway(
+    sqlite_database: Database, gateway_engine: FakeEngine, tmp_path: Path
+) -> Iterator[RunningGateway]:
+    """A gateway with little patience."""
+    with start_gateway(
+        sqlite_database, tmp_path / "data", [gateway_engine.address], **HASTY
+    ) as running:
+        yield running
+
+
+def ended(gateway: RunningGateway) -> dict[str, int]:
+    """How many connections the gateway has ended, by reason."""
+    samples = gateway.gateway.figures.connections_ended.samples()
+    return {labels["reason"]: int(count) for labels, count in samples}
+
+
+@pytest.mark.parametrize("begun", [START, b"GET"])
+def test_a_head_that_never_ends_is_answered_408(
+    hasty_gateway: RunningGateway, begun: bytes
+) -> None:
+    status, error = exchange(hasty_gateway, begun)
+    assert (status, error["code"]) == (408, "request_timeout")
+    assert "gateway.head_timeout_seconds" in (error["message"] or "")
+    assert ended(hasty_gateway) == {"head_timeout": 1}
+
+
+def test_connections_without_a_request_are_closed_without_a_word(
+    hasty_gateway: RunningGateway,
+) -> None:
+    with connected(hasty_gateway) as fresh, connected(hasty_gateway) as kept:
+        kept.sendall(START + b"\r\n")
+        assert read_all(fresh) == b""
+        assert statuses(read_all(kept)) == [200]
+
+
+def test_a_body_that_never_ends_is_answered_408(hasty_gateway: RunningGateway) -> None:
+    status, error = exchange(hasty_gateway, post(hasty_gateway.admin_key, length=5_000))
+    assert (status, error["code"]) == (408, "request_timeout")
+    upload = post(hasty_gateway.admin_key, body=b"", length=5_000)
+    upload = upload.replace(b"/v1/chat/completions", b"/v1/files")
+    upload = upload.replace(b"application/json", b"multipart/form-data; boundary=x")
+    assert exchange(hasty_gateway, upload)[0] == 408
+    assert ended(hasty_gateway) == {"body_timeout": 2}
+
+
+def test_a_body_that_comes_steadily_has_time(
+    sqlite_database: Database, gateway_engine: FakeEngine, tmp_path: Path
+) -> None:
+    patience = {"body_timeout_seconds": 0.1}
+    asked = post("KEY", body=QUESTION[:-1] + b', "x_long": "' + b"a" * 20_000 + b'"}')
+    with start_gateway(
+        sqlite_database, tmp_path / "data", [gateway_engine.address], **patience
+    ) as running:
+        asked = asked.replace(b"KEY", running.admin_key.encode())
+        with connected(running) as connection:
+            connection.sendall(asked[:-10])
+            # Longer than the timeout, and shorter than 20 KiB have: only time can show it.
+            connection.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.sendall(asked[-10:])
+            connection.settimeout(30)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_the_rest_of_a_body_that_was_answered_is_not_waited_for(
+    hasty_gateway: RunningGateway,
+) -> None:
+    with connected(hasty_gateway) as connection:
+        connection.sendall(post("sk-burnish-nobody", length=1_000_000))
+        assert statuses(read_all(connection)) == [401]
+
+
+def never_read(connection: socket.socket) -> None:
+    """Wait until the gateway resets the connection, and read nothing."""
+    poll = select.poll()
+    poll.register(connection, select.POLLHUP)
+    assert poll.poll(30_000)
+
+
+def test_a_client_that_does_not_read_is_ended_and_its_answer_recorded(
+    sqlite_database: Database, gateway_engine: FakeEngine, tmp_path: Path
+) -> None:
+    body = {**json.loads(QUESTION), "stream": True, "max_tokens": 100_000}
+    with start_gateway(
+        sqlite_database, tmp_path / "data", [gateway_engine.address], **HASTY
+    ) as running:
+        with connected(running) as connection:
+            connection.sendall(post(running.admin_key, body=json.dumps(body).encode()))
+            never_read(connection)
+        assert ended(running) == {"write_timeout": 1}
+    with sqlite_database.read() as session:
+        assert session.scalars(select_rows(Answer.status)).all() == [AnswerStatus.INTERRUPTED]
+
+
+def test_a_client_that_reads_no_other_reply_is_ended(hasty_gateway: RunningGateway) -> None:
+    with connected(hasty_gateway) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for _ in range(400):  # each is more than half of what the gateway would keep
+            try:
+                connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost:x\r\n\r\n")
+            except ConnectionError:
+                break
+        never_read(connection)
+    assert ended(hasty_gateway) == {"write_timeout": 1}
+
+
+# Places
+
+
+def test_connections_that_send_nothing_keep_nobody_out(
+    sqlite_database: Database, gateway_engine: FakeEngine, tmp_path: Path
+) -> None:
+    most = 8
+    with (
+        start_gateway(
+            sqlite_database, tmp_path / "data", [gateway_engine.address], max_connections=most
+        ) as running,
+        ExitStack() as stack,
+    ):
+        opened = [stack.enter_context(connected(running)) for _ in range(3 * most)]
+        for connection in opened[::2]:
+            connection.sendall(START)
+        client = running.client()
+        assert client.get("/healthz").status_code == 200
+        assert client.post("/v1/chat/completions", content=QUESTION).status_code == 200
+        for displaced in opened[: 2 * most]:
+            assert read_all(displaced) == b""
+        assert ended(running) == {"displaced": 2 * most + 1}
+
+
+def test_a_connection_beyond_the_busy_ones_is_told_to_try_again(
+    sqlite_database: Database, gateway_engine: FakeEngine, tmp_path: Path
+) -> None:
+    gateway_engine.faults = Faults(token_seconds=0.05)
+    body = json.dumps({**json.loads(QUESTION), "stream": True}).encode()
+    with (
+        start_gateway(
+            sqlite_database, tmp_path / "data", [gateway_engine.address], max_connections=2
+        ) as running,
+        connected(running) as first,
+        connected(running) as second,
+    ):
+        for busy in (first, second):
+            busy.sendall(post(running.admin_key, body=body, more=b"connection: close\r\n"))
+            assert busy.recv(12) == b"HTTP/1.1 200"
+        status, error = exchange(running, START + b"\r\n")
+        assert (status, error["code"]) == (503, "too_many_connections")
+        for busy in (first, second):
+            assert b"data: [DONE]" in read_all(busy)
+        assert running.client().get("/healthz").status_code == 200
