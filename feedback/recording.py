@@ -87,6 +87,14 @@ class EndedAnswer:
     first_token_at: datetime | None = None
     ended_at: datetime = field(default_factory=now)
 
+    def says_only(self, error_code: str) -> bool:
+        """Whether it has nothing but a failure of that code."""
+        return (self.status, self.error_code, self.choices) == (
+            AnswerStatus.FAILED,
+            error_code,
+            [],
+        )
+
 
 def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
     """Insert `batch` as `started`, each in its conversation."""
@@ -227,6 +235,14 @@ def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:
 
 def record_undelivered(driver: Driver, answer_ids: Iterable[str]) -> None:
     """Answers recorded as complete whose end was not sent after all: interrupted."""
+    answer_ids = sorted(set(answer_ids))
+    if not driver.is_sqlite:
+        # A connection that broke during COMMIT may still commit: its transaction is waited for.
+        marks = ", ".join("?" * len(answer_ids))
+        driver.rows(
+            f"SELECT id FROM answers WHERE id IN ({marks}) ORDER BY id FOR UPDATE",
+            tuple(answer_ids),
+        )
     driver.run(
         "UPDATE answers SET status = ?, error_code = ?, "
         "revision = CASE WHEN revision > 0 THEN revision + 1 ELSE 0 END "

@@ -30,7 +30,6 @@ from server.writer import (
     STARTED,
     UNDELIVERED,
     Report,
-    Row,
     Setup,
     Writer,
     as_undelivered,
@@ -47,6 +46,9 @@ STOP_SECONDS = 25.0  #: a database that is locked is waited for twice
 MOST_UNSENT_BYTES = 64 * 1024 * 1024  #: a writer that is so far behind gets nothing new
 RESTART_SECONDS = 1.0
 MOST_UNDER_WAY = 2  #: portions of rows that are with the writer
+
+
+NO_REPORT = Report([], [], None, 0, 0, 0, 0)
 
 
 class NotRecorded(Exception):
@@ -82,9 +84,10 @@ class Recorder:
         self._link: _Link | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._there = asyncio.Event()  #: set while there is a writer
-        self._owed: list[_Sent] = []  #: ends that a writer had not reported when it died
+        #: ends, or what takes one back, that a writer had not said to have written when it died
+        self._owed: deque[_Sent] = deque()
         self._before = (0, 0)  #: committed and lost by writers that are gone
-        self._last = Report([], None, 0, 0, 0, 0)
+        self._last = NO_REPORT
         self._number = 0
         self._unsettled = 0
         self._waiting: dict[int, _Sent] = {}
@@ -140,7 +143,7 @@ class Recorder:
     def lost(self) -> int:
         return self._before[1] + self._last.lost
 
-    async def record(self, row: Row, timeout_seconds: float) -> None:
+    async def record(self, row: StartedAnswer | EndedAnswer, timeout_seconds: float) -> None:
         """Returns after COMMIT.
 
         Raises NotRecorded, after `timeout_seconds` at the latest. Whoever stops waiting for the end
@@ -175,7 +178,7 @@ class Recorder:
         else:
             self._send(row, None)
 
-    async def _wait_for_writer(self, row: Row, deadline: float) -> None:
+    async def _wait_for_writer(self, row: StartedAnswer | EndedAnswer, deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
                 while self._link is None:
@@ -189,7 +192,7 @@ class Recorder:
                 raise NotSent("the writer is not there; it is being started") from None
             raise
 
-    def _send(self, row: Row, done: asyncio.Future[None] | None) -> None:
+    def _send(self, row: StartedAnswer | EndedAnswer, done: asyncio.Future[None] | None) -> None:
         assert self._link is not None
         if isinstance(row, StartedAnswer) and self._link.unsent_bytes > MOST_UNSENT_BYTES:
             raise NotSent("the writer is too far behind")
@@ -198,9 +201,13 @@ class Recorder:
             kind, body = STARTED, started_json.dump_json(row, warnings=False)
         else:
             kind, body = ENDED, ended_json.dump_json(row, warnings=False)
+        self._send_frame(kind, body, _Sent(row, done))
+
+    def _send_frame(self, kind: int, body: bytes, sent: _Sent) -> None:
+        assert self._link is not None
         self._number += 1
         self._unsettled += 1
-        self._waiting[self._number] = _Sent(row, done)
+        self._waiting[self._number] = sent
         self._link.send(kind, self._number, body)
 
     def _owe(self, end: _Sent) -> None:
@@ -212,10 +219,11 @@ class Recorder:
 
     def take_back(self, row: EndedAnswer) -> None:
         """The end of a complete answer was not sent after all: its row is to say so."""
+        sent = _Sent(row, None)  # until it is done: should the writer die, the next one is told
         if self._link is not None:
-            self._link.send(UNDELIVERED, 0, row.id.encode())
+            self._send_frame(UNDELIVERED, row.id.encode(), sent)
         else:
-            self._owe(_Sent(row, None))  # the next writer is told
+            self._owe(sent)
 
     # The writer's life
 
@@ -270,15 +278,13 @@ class Recorder:
     def _settle(self, report: Report) -> None:
         self._last = report
         self._unsettled -= report.settled
-        error = report.error
         for number in report.numbers:
             sent = self._waiting.pop(number, None)
-            if sent is None:
-                continue
-            if error is None:
-                sent.succeed()
-            else:
-                sent.fail(error)
+            if sent is not None:
+                sent.settle(report.error)
+        for number in report.kept_numbers:
+            if number in self._waiting:
+                self._waiting[number].settle(report.error)
 
     def _writer_ended(self, link: _Link) -> None:
         """It died: ends that it may not have written are written by the next one. Nobody knows
@@ -290,7 +296,7 @@ class Recorder:
         self._there.clear()
         logger.error("The writer has ended", extra={"action": "writer_ended"})
         self._before = (self.committed, self.lost)
-        self._last = Report([], None, 0, 0, 0, 0)
+        self._last = NO_REPORT
         self._unsettled = 0
         waiting, self._waiting = self._waiting, {}
         for sent in waiting.values():
@@ -313,7 +319,7 @@ class Recorder:
                 await asyncio.sleep(RESTART_SECONDS)  # what is wrong takes a while to be put right
         logger.info("A new writer is there", extra={"action": "writer_started"})
         while self._owed and self._link is not None:
-            owed = self._owed.pop(0)
+            owed = self._owed.popleft()
             assert isinstance(owed.row, EndedAnswer)
             if owed.is_awaited:
                 self._send(owed.row, owed.done)  # the one that died may have: then it stays so
@@ -325,17 +331,22 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """A row that the writer has, or is to have, and whoever waits for its commit."""
+    """A row that the writer has, or is to have, and whoever waits for its commit.
 
-    row: Row
+    Without anybody who waits, a complete answer's end is one that has been taken back.
+    """
+
+    row: StartedAnswer | EndedAnswer
     done: asyncio.Future[None] | None  #: None: nobody
 
     @property
     def is_awaited(self) -> bool:
         return self.done is not None and not self.done.done()
 
-    def succeed(self) -> None:
-        if self.done is not None and not self.done.done():
+    def settle(self, error: str | None) -> None:
+        if error is not None:
+            self.fail(error)
+        elif self.done is not None and not self.done.done():
             self.done.set_result(None)
 
     def fail(self, why: str) -> None:
@@ -351,6 +362,7 @@ class _Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._received = b""
         self._unsent: list[bytes] = []
+        self._queued_bytes = 0  #: of `_unsent`
         self._sent = self._settled = 0  # rows
         self._under_way: deque[int] = deque()  # how many rows were sent by the end of each portion
         self._transport: asyncio.Transport | None = None
@@ -366,7 +378,8 @@ class _Link(asyncio.Protocol):
         if not self._unsent:
             self._loop.call_soon(self._flush)
         self._unsent += (FRAME.pack(kind, number, len(body)), body)
-        self._sent += kind in (STARTED, ENDED)
+        self._queued_bytes += FRAME.size + len(body)
+        self._sent += kind != SETUP
 
     def _flush(self) -> None:
         if self._unsent and len(self._under_way) < MOST_UNDER_WAY:
@@ -377,11 +390,12 @@ class _Link(asyncio.Protocol):
         self._under_way.append(self._sent)
         self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
+        self._queued_bytes = 0
 
     @property
     def unsent_bytes(self) -> int:
         assert self._transport is not None
-        return sum(map(len, self._unsent)) + self._transport.get_write_buffer_size()
+        return self._queued_bytes + self._transport.get_write_buffer_size()
 
     def finish(self) -> None:
         """Nothing more is sent; what comes is still heard."""

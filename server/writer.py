@@ -61,7 +61,15 @@ _PIECE_BYTES = 256 * 1024
 FRAME = struct.Struct(">BQI")  #: kind, number (0: nobody waits), bytes that follow
 SETUP, STARTED, ENDED, UNDELIVERED = range(4)
 
-Row = StartedAnswer | EndedAnswer
+
+@dataclass(frozen=True, slots=True)
+class TakenBack:
+    """The end of an answer that its client was not sent after all, recorded as complete or not."""
+
+    id: str
+
+
+Row = StartedAnswer | EndedAnswer | TakenBack
 AnyRow = TypeVar("AnyRow", bound=Row)
 started_json = TypeAdapter(StartedAnswer)
 ended_json = TypeAdapter(EndedAnswer)
@@ -81,7 +89,8 @@ class Setup:
 class Report:
     """What became of one group."""
 
-    numbers: list[int]
+    numbers: list[int]  #: settled: committed, or refused for good
+    kept_numbers: list[int]  #: not committed now, and written later: settled by another report
     error: str | None  #: None: committed
     settled: int  #: rows of the group, waited for or not; not those that were kept before
     committed: int  #: rows since the start
@@ -103,7 +112,7 @@ class _Entry:
         self.undelivered = False
 
     def due(self) -> Row:
-        """The row to write: whoever has stopped waiting for it does not release the answer."""
+        """The row to write: interrupted where the client was not sent the end of the answer."""
         return as_undelivered(self.row) if self.undelivered else self.row
 
 
@@ -121,8 +130,7 @@ class Writer:
         self._gateway = gateway
         self._received = bytearray()
         self._queue: deque[_Entry] = deque()
-        self._ends: dict[str, _Entry] = {}  #: of answers, not yet written
-        self._undelivered: list[str] = []  #: answers whose row may be complete and should not be
+        self._ends: dict[str, _Entry] = {}  #: the last one queued, by answer
         self._kept: deque[_Entry] = deque()
         self._largest_group = LARGEST_SQLITE_GROUP if database.is_sqlite else LARGEST_GROUP
         self._away = False  #: the last commit did not reach the database
@@ -132,28 +140,44 @@ class Writer:
 
     def run(self) -> None:
         """Write until the gateway closes its end, then what has come before that."""
-        self._report([], None)  # there, and ready
+        self._tell([], None)  # there, and ready
         while not (self._closed and not self._queue):
-            self._read(wait=not self._queue)
-            group = [
-                self._queue.popleft() for _ in range(min(self._largest_group, len(self._queue)))
-            ]
-            if group or self._undelivered:
-                self._commit(group)
-            if self._kept and not (group and self._away):
-                self._commit_kept()
-        for entry in self._kept:
-            if isinstance(entry.row, EndedAnswer):
-                self._bury(asdict(entry.row))
+            self.turn()
+        self._give_up()
         self._writing.close()
 
-    def _read(self, *, wait: bool) -> None:
-        """Take in what the gateway has sent. Waits for it, but not for ever while rows are kept or
-        have to be taken back.
+    def _give_up(self) -> None:
+        """Leave what is still kept to a person, in the dead-letter file."""
+        left = list(self._kept)
+        self._kept.clear()
+        ends = {entry.row.id: entry.row for entry in left if isinstance(entry.row, EndedAnswer)}
+        for entry in left:
+            if entry.row.id not in ends:
+                ends[entry.row.id] = EndedAnswer(
+                    entry.row.id, AnswerStatus.INTERRUPTED, [], error_code=NOT_DELIVERED
+                )
+        for end in ends.values():
+            self._bury(asdict(end))
+        if left:
+            self._report(left, "the gateway ended before the database was back")
+
+    def turn(self, *, wait: bool = True) -> None:
+        """Take in what has come, commit one group of it, then what was kept before.
+
+        Waits for something to come only where nothing is queued.
         """
+        self._read(wait=wait and not self._queue)
+        group = [self._queue.popleft() for _ in range(min(self._largest_group, len(self._queue)))]
+        if group:
+            self._commit(group)
+        if self._kept and not (group and self._away):
+            self._commit_kept()
+
+    def _read(self, *, wait: bool) -> None:
+        """Take in what the gateway has sent. Waits for it, but not for ever while rows are kept."""
         if self._closed:
             return
-        if wait and (self._kept or self._undelivered):
+        if wait and self._kept:
             readable, _, _ = select.select([self._gateway], [], [], RETRY_SECONDS)
             wait = bool(readable)
         while True:
@@ -168,7 +192,7 @@ class Writer:
                 return
             self._received += piece
             self._take_frames()
-            wait = wait and not self._queue and not self._undelivered
+            wait = wait and not self._queue
 
     def _take_frames(self) -> None:
         data, at = self._received, 0
@@ -179,7 +203,7 @@ class Writer:
             body = bytes(data[at + FRAME.size : at + FRAME.size + length])
             at += FRAME.size + length
             if kind == UNDELIVERED:
-                self._take_back(body.decode())
+                self._take_back(number, TakenBack(body.decode()))
                 continue
             try:
                 row = (started_json if kind == STARTED else ended_json).validate_json(body)
@@ -195,11 +219,12 @@ class Writer:
             self._queue.append(entry)
         del data[:at]
 
-    def _take_back(self, answer_id: str) -> None:
-        if answer_id in self._ends:
-            self._ends[answer_id].undelivered = True
-        else:
-            self._undelivered.append(answer_id)
+    def _take_back(self, number: int, row: TakenBack) -> None:
+        # Queued behind the end, whatever becomes of that; one that still waits is not even written
+        # as complete.
+        if row.id in self._ends:
+            self._ends[row.id].undelivered = True
+        self._queue.append(_Entry(number, row))
 
     def _commit(self, group: list[_Entry]) -> None:
         try:
@@ -210,59 +235,81 @@ class Writer:
                 for entry in group:
                     self._commit([entry])
                 return
-            logger.exception(
-                "Answers not recorded", extra={"action": "not_recorded", "rows": len(group)}
-            )
+            self._log_failure(error, len(group), again=away and self._away)
             self._away = away
-            for entry in group:
-                self._ends.pop(entry.row.id, None)
-                if away:
-                    self._keep(entry)
-                elif isinstance(entry.row, EndedAnswer):  # of a start nothing was answered
-                    self._bury(asdict(entry.row))
-            if not away and not group:
-                self._undelivered.clear()
-            self._report(group, str(error))
+            self._forget(group)
+            kept = [entry for entry in group if self._was_kept(entry, away=away)]
+            self._report(group, str(error), kept)
         else:
             self._away = False
-            self.committed += len(group)
-            for entry in group:
-                self._ends.pop(entry.row.id, None)
+            self.committed += sum(not isinstance(entry.row, TakenBack) for entry in group)
+            self._forget(group)
             self._report(group, None)
+
+    def _forget(self, group: Sequence[_Entry]) -> None:
+        """Ends that wait no longer."""
+        for entry in group:
+            if self._ends.get(entry.row.id) is entry:
+                del self._ends[entry.row.id]
+
+    def _log_failure(self, error: Exception, rows: int, *, again: bool) -> None:
+        """What fails time and again, because the database is away, is explained once."""
+        logger.log(
+            logging.WARNING if again else logging.ERROR,
+            "Answers not recorded",
+            extra={"action": "not_recorded", "rows": rows},
+            exc_info=None if again else error,
+        )
 
     def _write(self, group: Sequence[_Entry]) -> None:
         # The start of an answer promises nothing to anybody: it may wait for the commit of an end.
-        durable = bool(self._undelivered) or any(
-            isinstance(entry.row, EndedAnswer) for entry in group
-        )
+        durable = not all(isinstance(entry.row, StartedAnswer) for entry in group)
         with self._writing.transaction(durable=durable) as driver:
             # It has waited for the write lock; who still waits for it is known after that.
             self._read(wait=False)
-            later = list(self._undelivered)
-            # An end that is sent twice, because a writer died, may have been committed by that one.
-            undelivered = later + [entry.row.id for entry in group if entry.undelivered]
             rows = [entry.due() for entry in group]
             started = [row for row in rows if isinstance(row, StartedAnswer)]
             ended = [row for row in rows if isinstance(row, EndedAnswer)]
+            # An end that was sent before may have been committed by that transaction.
+            taken_back = [
+                entry.row.id
+                for entry in group
+                if entry.undelivered or isinstance(entry.row, TakenBack)
+            ]
             if started:
                 record_started(driver, started)
             if ended:
                 record_ended(driver, ended)
-            if undelivered:
-                record_undelivered(driver, undelivered)
-        del self._undelivered[: len(later)]
+            if taken_back:
+                record_undelivered(driver, taken_back)
 
-    def _keep(self, entry: _Entry) -> None:
-        """Hold the end of an answer for later; its client is told that it is not recorded."""
+    def _was_kept(self, entry: _Entry, *, away: bool) -> bool:
+        """Keep a row that was not written for later, or put it into the dead-letter file.
+
+        Its client is told that it is not recorded. What takes an end back, or says of one that it
+        could not be written, is kept until it is, however often that fails: it is small, and there
+        is no more of it than requests that ran at once.
+        """
         row = entry.row
         if isinstance(row, StartedAnswer):
-            return  # its caller is told, and nothing was answered
-        if len(self._kept) >= MOST_KEPT:
-            self._bury(asdict(row))
-            return
-        kept = _Entry(0, as_undelivered(row), was_kept=True)
+            return False  # of a start nothing was answered
+        if isinstance(row, TakenBack) or row.says_only(NOT_RECORDED):
+            self._keep(entry)
+            return True
         # A connection that broke during COMMIT leaves open whether that was done.
-        kept.undelivered = row.status is AnswerStatus.COMPLETE
+        entry.undelivered = entry.undelivered or (away and row.status is AnswerStatus.COMPLETE)
+        if not away or len(self._kept) >= MOST_KEPT:
+            self._bury(asdict(entry.due()))
+            if entry.undelivered:
+                self._queue.append(_Entry(0, TakenBack(row.id), was_kept=True))
+            return False
+        self._keep(entry)
+        return True
+
+    def _keep(self, entry: _Entry) -> None:
+        # Not the entry itself: the group's report is to know that it was new.
+        kept = _Entry(entry.number, entry.due(), was_kept=True)
+        kept.undelivered = entry.undelivered
         self._kept.append(kept)
 
     def _commit_kept(self) -> None:
@@ -276,9 +323,8 @@ class Writer:
     def _bury(self, end: dict[str, Any]) -> None:
         """Keep the end of an answer that was refused for a person to look at; its row says so."""
         self.lost += 1
-        if end["choices"]:  # what is refused once more has none
-            failed = EndedAnswer(str(end["id"]), AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
-            self._queue.append(_Entry(0, failed, was_kept=True))
+        failed = EndedAnswer(str(end["id"]), AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
+        self._queue.append(_Entry(0, failed, was_kept=True))
         try:
             self._dead_letters.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._dead_letters, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -287,16 +333,28 @@ class Writer:
         except OSError:
             logger.exception("Dead letter not written", extra={"action": "dead_letter_failed"})
 
-    def _report(self, group: Sequence[_Entry], error: str | None) -> None:
+    def _report(
+        self, group: Sequence[_Entry], error: str | None, kept: Sequence[_Entry] = ()
+    ) -> None:
+        kept_numbers = [entry.number for entry in kept if entry.number]
         self._tell(
-            [entry.number for entry in group if entry.number],
+            [n for n in (entry.number for entry in group) if n and n not in kept_numbers],
             error,
+            kept_numbers=kept_numbers,
             settled=sum(not entry.was_kept for entry in group),
         )
 
-    def _tell(self, numbers: list[int], error: str | None, *, settled: int) -> None:
+    def _tell(
+        self,
+        numbers: list[int],
+        error: str | None,
+        *,
+        kept_numbers: Sequence[int] = (),
+        settled: int = 0,
+    ) -> None:
         report = Report(
             numbers=numbers,
+            kept_numbers=list(kept_numbers),
             error=error,
             settled=settled,
             committed=self.committed,
@@ -315,11 +373,15 @@ def as_undelivered(row: AnyRow) -> AnyRow:
 
 
 def _database_is_away(database: Database, error: Exception) -> bool:
-    """Locked, full or unreachable: every row would fail alike, and each only after its own wait."""
+    """Locked, full, read-only or away: every row would fail alike, each only after its own wait."""
     driver = database.engine.dialect.loaded_dbapi
     return isinstance(
         error,
-        OperationalError | InterfaceError | driver.OperationalError | driver.InterfaceError,
+        OperationalError
+        | InterfaceError
+        | driver.OperationalError
+        | driver.InterfaceError
+        | driver.InternalError,  # PostgreSQL's word for one that has become a standby
     )
 
 
