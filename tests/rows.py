@@ -32,9 +32,11 @@ def add_answer(
     deployment: str = "assistant",
     prompt: str = "What is a heron?",
     text: str = "A bird.",
+    status: AnswerStatus = AnswerStatus.COMPLETE,
+    finish_reason: str = "stop",
     **columns: Any,
 ) -> str:
-    """A finished chat answer; its id. `columns` are further ones of `StartedAnswer`."""
+    """A chat answer that has ended; its id. `columns` are further ones of `StartedAnswer`."""
     with database.write() as session:
         person_id = find_or_create_person(session, user, end_user).id
         messages = [{"role": "user", "content": prompt}]
@@ -62,11 +64,11 @@ def add_answer(
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
-            "finish_reason": "stop",
+            "finish_reason": finish_reason,
         }
         ended = EndedAnswer(
             id=started.id,
-            status=AnswerStatus.COMPLETE,
+            status=status,
             choices=[choice],
             hashes=[messages_hash(person_id, [*messages, choice["message"]])],
             stored=started.stored,

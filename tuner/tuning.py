@@ -60,6 +60,9 @@ _READS: Mapping[str, Sequence[str]] = {
     Method.SUPERVISED: ("supervised",),
     Method.DPO: ("preference", "supervised"),
 }
+TRAINED_KINDS = frozenset(kind for kinds in _READS.values() for kind in kinds)
+"""Kinds of example that some method trains on; the others count in evaluations alone."""
+
 _ADD: Mapping[str, str] = {
     Method.SUPERVISED: "add corrections (kind 'correction')",
     Method.DPO: "add comparisons, or corrections that change much of an answer",
@@ -79,18 +82,34 @@ def check_dataset_serves(dataset: Dataset, method: str) -> None:
     kind = _NEEDS[method]
     if dataset.counts.get(kind, 0) > 0:
         return
-    others = [
-        str(other)
-        for other, needed in _NEEDS.items()
-        if other != method and dataset.counts.get(needed, 0) > 0
-    ]
-    instead = f" or use method {others[0]!r}" if others else ""
     raise BadRequest(
-        f"{dataset.id} has 0 {kind} examples to train on, method {str(method)!r} needs at least 1; "
-        f"{_ADD[method]}{instead}.",
+        f"{dataset.id} has 0 {kind} examples to train on, method {str(method)!r} needs at least 1. "
+        f"{_describe_rest(dataset, method)}",
         param="training_file",
         code="nothing_to_learn",
     )
+
+
+def _describe_rest(dataset: Dataset, method: str) -> str:
+    """What a data set has instead of what `method` needs, and what to do, in sentences."""
+    there = {
+        kind: dataset.counts.get(kind, 0)
+        for kind in ("supervised", "preference", "labelled")
+        if dataset.counts.get(kind, 0) > 0
+    }
+    found = " and ".join(f"{count} {kind}" for kind, count in there.items()) or "no other"
+    said = [f"It has {found} ones to train on and {dataset.counts.get('holdout', 0)} held out."]
+    if "labelled" in there and "labelled" not in TRAINED_KINDS:
+        said.append(
+            "Ratings and stars make labelled ones, which evaluations use and no method trains on; "
+            "corrections and comparisons are trained on."
+        )
+    others = [
+        repr(str(other)) for other, needed in _NEEDS.items() if other != method and needed in there
+    ]
+    instead = f", or use method {others[0]}" if others else ""
+    action = _ADD[method]
+    return " ".join([*said, f"{action[0].upper()}{action[1:]}{instead}."])
 
 
 def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, int | float]:

@@ -44,7 +44,8 @@ class DropReason(StrEnum):
     UNFINISHED = "unfinished"  #: still being answered
     INTERRUPTED = "interrupted"  #: the answer's text is partial
     FAILED = "failed"  #: there is no answer
-    EMPTY_ANSWER = "empty_answer"  #: the answer has neither text nor tool calls
+    EMPTY_ANSWER = "empty_answer"  #: the answer has neither text that can be seen nor tool calls
+    EMPTY_CORRECTION = "empty_correction"  #: the correction has no text that can be seen
     TRUNCATED = "truncated"  #: would teach to stop where the length limit struck
     UNCHANGED_CORRECTION = "unchanged_correction"  #: says what the answer says
     SMALL_EDIT = "small_edit"  #: teaches by example only: near-equal pairs push both down

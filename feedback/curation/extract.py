@@ -10,6 +10,8 @@ that makes none.
 | comparison, both bad | labelled false, each |
 | three stars, tie, comment, signal, everything that no person said | nothing |
 
+What it says of one verdict is told at once to the person who passed it (`teaching.py`).
+
 Pure and local: it sees one answer with what was said about it. What several answers or people have
 to do with each other is for `select.py`.
 """
@@ -41,6 +43,7 @@ from feedback.curation.examples import (
     Verdict,
 )
 from feedback.curation.policy import Policy
+from feedback.curation.visible import is_blank, strip_invisible
 from feedback.db import canonical_json
 from feedback.tables import AnswerKind, AnswerStatus, JudgementKind, Preferred, SourceType
 
@@ -61,36 +64,6 @@ def find_label(kind: str, value: Any, policy: Policy) -> bool | None:
             True if value >= policy.stars_true else False if value <= policy.stars_false else None
         )
     return None
-
-
-def describe_teaching(
-    kind: str, value: Any, policy: Policy, *, source_type: str = SourceType.HUMAN
-) -> str:
-    """What a judgement teaches, in plain words for whoever passed it.
-
-    `kind` may be "comparison".
-    """
-    if value is None or source_type != SourceType.HUMAN:
-        return "nothing"
-    made: dict[ExampleKind, str]
-    label = find_label(kind, value, policy)
-    if label is not None:
-        made = {ExampleKind.LABELLED: f"labelled {str(label).lower()}"}
-    elif kind == JudgementKind.CORRECTION:
-        made = {
-            ExampleKind.SUPERVISED: "supervised",
-            ExampleKind.PREFERENCE: "preference when the edit is large enough",
-        }
-    elif kind == "comparison" and value in (Preferred.A, Preferred.B):
-        made = {ExampleKind.PREFERENCE: "preference"}
-    elif kind == "comparison" and value == Preferred.BOTH_BAD:
-        made = {ExampleKind.LABELLED: "labelled false, both"}
-    else:
-        made = {}
-    return (
-        ", and ".join(words for example, words in made.items() if example in policy.kinds)
-        or "nothing"
-    )
 
 
 def extract(answer: JudgedAnswer, policy: Policy) -> Extracted:
@@ -269,7 +242,7 @@ def _find_completion(
     if reason is not None:
         raise _Dropped(reason)
     message = _find_message(facts, choice_index)
-    if message is None or not (str(message["content"] or "").strip() or message.get("tool_calls")):
+    if message is None or is_blank(_flatten(message)):
         raise _Dropped(DropReason.EMPTY_ANSWER)
     ended = next(
         choice.get("finish_reason")
@@ -300,11 +273,13 @@ def _find_correction(verdict: Verdict, policy: Policy) -> Message:
     correction = _clean(verdict.value)
     if isinstance(correction["content"], str):
         correction["content"] = correction["content"].strip()
+    if is_blank(_flatten(correction)):
+        raise _Dropped(DropReason.EMPTY_CORRECTION)
     return _check_length(correction, policy)
 
 
 def _say_the_same(one: Message, other: Message) -> bool:
-    return _flatten(one).strip() == _flatten(other).strip()
+    return strip_invisible(_flatten(one)) == strip_invisible(_flatten(other))
 
 
 def _flatten(message: Mapping[str, Any]) -> str:

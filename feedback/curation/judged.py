@@ -82,6 +82,31 @@ def read_judged(session: Session, answer_ids: Collection[str]) -> list[JudgedAns
     ]
 
 
+def read_alone(
+    session: Session, verdicts: Sequence[Judgement | Comparison]
+) -> dict[str, list[JudgedAnswer]]:
+    """The answers that each verdict is about, with nothing else said about them; by its id."""
+    about = {
+        verdict.id: (verdict.answer_id,) if isinstance(verdict, Judgement) else _answers_of(verdict)
+        for verdict in verdicts
+    }
+    facts = _read_facts(
+        session, {answer_id for ids in about.values() for answer_id in ids if answer_id is not None}
+    )
+    alone: dict[str, list[JudgedAnswer]] = {}
+    for verdict in verdicts:
+        if isinstance(verdict, Comparison):
+            alone[verdict.id] = [
+                JudgedAnswer(facts[answer_id], (), (_see_from(verdict, side, facts),))
+                for side, answer_id in zip(
+                    (Preferred.A, Preferred.B), _answers_of(verdict), strict=True
+                )
+            ]
+        elif verdict.answer_id is not None:
+            alone[verdict.id] = [JudgedAnswer(facts[verdict.answer_id], (_to_verdict(verdict),))]
+    return alone
+
+
 def list_conversation_drops(
     session: Session, deployment: str, *, after: str | None = None, limit: int
 ) -> list[Drop]:

@@ -12,9 +12,9 @@ from typing_extensions import TypedDict
 from feedback.comparisons import NewComparison, compare
 from feedback.tables import Comparison, Preferred
 from server.endpoints.bodies import Body, JsonRoute
-from server.endpoints.feedback import Source, SourceObject, person_of, teaching_of, user_of
+from server.endpoints.feedback import Source, SourceObject, describe_teachings, person_of, user_of
 from server.endpoints.fields import Name, one_of, unix
-from server.sessions import CallerDep, WriteSession
+from server.sessions import CallerDep, GatewayDep
 
 router = APIRouter(prefix="/v1/comparisons", tags=["feedback"], route_class=JsonRoute)
 
@@ -62,7 +62,7 @@ class ComparisonObject(TypedDict):
     responses={200: {"model": ComparisonObject, "description": "It stood already."}},
 )
 def give_comparison(
-    body: ComparisonCreate, caller: CallerDep, session: WriteSession, response: Response
+    body: ComparisonCreate, caller: CallerDep, gateway: GatewayDep, response: Response
 ) -> ComparisonObject:
     """Say which of two answers is better."""
     new = NewComparison(
@@ -74,11 +74,14 @@ def give_comparison(
         source_id=body.source.id,
         client_id=body.id,
     )
-    row, created = compare(
-        session, caller.editor(), new, person_id=person_of(session, caller, body.user)
-    )
+    with gateway.database.write() as session:
+        row, created = compare(
+            session, caller.editor(), new, person_id=person_of(session, caller, body.user)
+        )
     response.status_code = 201 if created else 200
-    return _comparison(session, row, body)
+    # What it teaches takes reading long texts: not while the write lock is held.
+    with gateway.database.read() as session:
+        return _comparison(session, row, body)
 
 
 def _comparison(session: Session, row: Comparison, body: ComparisonCreate) -> ComparisonObject:
@@ -97,7 +100,7 @@ def _comparison(session: Session, row: Comparison, body: ComparisonCreate) -> Co
         "source": {"type": row.source_type, "id": row.source_id},
         "user": user_of(session, row.person_id),
         "revision": row.revision,
-        "teaches": teaching_of(session, row.answer_a, "comparison", row.preferred, row.source_type),
+        "teaches": describe_teachings(session, [row])[row.id],
         "created_at": unix(row.created_at),
         "updated_at": unix(row.updated_at),
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
@@ -14,12 +16,13 @@ from typing_extensions import TypedDict
 
 from feedback import judgements
 from feedback.answers import get_answer
-from feedback.curation.extract import describe_teaching
+from feedback.curation.policy import Policy
+from feedback.curation.teaching import describe_all
 from feedback.datasets import what_became
 from feedback.errors import Forbidden, NotFound
 from feedback.judgements import NewJudgement
 from feedback.people import find_or_create_person, speaker_of, speaks_for
-from feedback.tables import Answer, AnswerKind, Judgement, JudgementKind, Person, SourceType
+from feedback.tables import Comparison, Judgement, JudgementKind, Person, SourceType
 from server.access import append_audit
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute, Part
@@ -28,6 +31,7 @@ from server.feedback_tokens import Grant, find_or_create_secret, sign
 from server.policies import curation_policy
 from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
 from tuner.tables import Deployment
+from tuner.tuning import TRAINED_KINDS
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"], route_class=JsonRoute)
 
@@ -123,22 +127,21 @@ class TokenObject(TypedDict):
     responses={200: {"model": FeedbackObject, "description": "It stood already."}},
 )
 def give_feedback(
-    body: FeedbackCreate,
-    caller: CallerDep,
-    session: WriteSession,
-    gateway: GatewayDep,
-    response: Response,
+    body: FeedbackCreate, caller: CallerDep, gateway: GatewayDep, response: Response
 ) -> FeedbackObject:
     """Judge an answer, or change or withdraw what was said before."""
-    viewer, person_id = caller.editor(), person_of(session, caller, body.user)
-    if (grant := caller.key.grant) is not None:
-        _check_grant(grant, body)
-        # The token names the answer; whoever made it saw it.
-        viewer, person_id = replace(viewer, sees_all=True), grant.person_id
-    row, created = judgements.judge(session, viewer, _judgement(body), person_id=person_id)
+    with gateway.database.write() as session:
+        viewer, person_id = caller.editor(), person_of(session, caller, body.user)
+        if (grant := caller.key.grant) is not None:
+            _check_grant(grant, body)
+            # The token names the answer; whoever made it saw it.
+            viewer, person_id = replace(viewer, sees_all=True), grant.person_id
+        row, created = judgements.judge(session, viewer, _judgement(body), person_id=person_id)
     response.status_code = 201 if created else 200
-    gateway.figures.judgements.add(row.kind, row.source_type)
-    return _feedback(session, row)
+    gateway.figures.judgements.add(body.kind, body.source.type)
+    # What it teaches takes reading long texts: not while the write lock is held.
+    with gateway.database.read() as session:
+        return _feedback(session, row)
 
 
 class TokenCreate(Body):
@@ -195,7 +198,7 @@ def list_feedback(
         after=after,
         limit=limit,
     )
-    return page([_feedback(session, row) for row in rows], has_more)
+    return page(_feedback_list(session, rows), has_more)
 
 
 @router.get("/{judgement_id}")
@@ -244,21 +247,16 @@ def user_of(session: Session, person_id: str) -> str:
     return person.end_user or person.user
 
 
-def teaching_of(
-    session: Session,
-    answer_id: str | None,
-    kind: str,
-    value: Any,
-    source_type: str = SourceType.HUMAN,
-) -> str:
-    """What a verdict on this answer teaches, in words."""
-    answer = None if answer_id is None else session.get(Answer, answer_id)
-    if answer is None or not answer.stored or not answer.trainable:
-        return "nothing"
-    if answer.kind != AnswerKind.CHAT or answer.deployment is None:
-        return "nothing"
-    policy = curation_policy(session.get(Deployment, answer.deployment))
-    return describe_teaching(kind, value, policy, source_type=source_type)
+def describe_teachings(
+    session: Session, verdicts: Sequence[Judgement | Comparison]
+) -> dict[str, str]:
+    """What each verdict teaches, in words, by its id."""
+
+    @cache
+    def find_policy(deployment: str) -> Policy:
+        return curation_policy(session.get(Deployment, deployment))
+
+    return describe_all(session, verdicts, find_policy, trained=TRAINED_KINDS)
 
 
 def _check_grant(grant: Grant, body: FeedbackCreate) -> None:
@@ -285,6 +283,16 @@ def _judgement(body: FeedbackCreate) -> NewJudgement:
 
 
 def _feedback(session: Session, row: Judgement) -> FeedbackObject:
+    (shown,) = _feedback_list(session, [row])
+    return shown
+
+
+def _feedback_list(session: Session, rows: Sequence[Judgement]) -> list[FeedbackObject]:
+    teachings = describe_teachings(session, rows)
+    return [_show(session, row, teachings[row.id]) for row in rows]
+
+
+def _show(session: Session, row: Judgement, teaches: str) -> FeedbackObject:
     return {
         "id": row.id,
         "object": "feedback",
@@ -300,7 +308,7 @@ def _feedback(session: Session, row: Judgement) -> FeedbackObject:
         "user": user_of(session, row.person_id),
         "metadata": row.metadata_,
         "revision": row.revision,
-        "teaches": teaching_of(session, row.answer_id, row.kind, row.value, row.source_type),
+        "teaches": teaches,
         "created_at": unix(row.created_at),
         "updated_at": unix(row.updated_at),
     }

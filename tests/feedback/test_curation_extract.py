@@ -18,7 +18,7 @@ from feedback.curation.examples import (
     JudgedAnswer,
     Verdict,
 )
-from feedback.curation.extract import build_near_hash, describe_teaching, edit_share, extract
+from feedback.curation.extract import build_near_hash, edit_share, extract
 from feedback.curation.policy import Policy
 from feedback.errors import BadRequest
 from feedback.tables import Preferred
@@ -263,23 +263,6 @@ def test_an_example_survives_the_cache() -> None:
     answer = JudgedAnswer(build_facts(), (build_verdict("correction", BETTER),))
     for example in extract(answer, POLICY).examples:
         assert Example.from_json(example.to_json()) == example
-
-
-@pytest.mark.parametrize(
-    ("kind", "value", "words"),
-    [
-        ("rating", True, "labelled true"),
-        ("stars", 3, "nothing"),
-        ("correction", BETTER, "supervised, and preference when the edit is large enough"),
-        ("comparison", "a", "preference"),
-        ("comparison", "both_bad", "labelled false, both"),
-        ("comparison", "tie", "nothing"),
-        ("rating", None, "nothing"),
-    ],
-)
-def test_whoever_judges_is_told_what_it_teaches(kind: str, value: Any, words: str) -> None:
-    assert describe_teaching(kind, value, POLICY) == words
-    assert describe_teaching(kind, value, POLICY, source_type="judge") == "nothing"
 
 
 @settings(deadline=None)

@@ -28,6 +28,10 @@ ROWS = [
     supervised("ex_2", "Two?", "Second."),
     preference("ex_3", "Three?", "Yes.", "No."),
 ]
+RATED = [
+    {**supervised("ex_4", "Four?", "Yes."), "kind": "labelled", "label": True},
+    {**supervised("ex_5", "Five?", "No."), "kind": "labelled", "label": False},
+]
 
 
 def kinds_of(session: Any, files: list[str]) -> list[str | None]:
@@ -151,15 +155,25 @@ REFUSALS: list[tuple[str, dict[str, Any], str | None, str]] = [
         "no pairs",
         {"training_file": "only corrections", "method": "dpo"},
         "nothing_to_learn",
-        "has 0 preference examples to train on, method 'dpo' needs at least 1; add comparisons, "
-        "or corrections that change much of an answer or use method 'supervised'.",
+        "has 0 preference examples to train on, method 'dpo' needs at least 1. It has 2 supervised "
+        "ones to train on and 0 held out. Add comparisons, or corrections that change much of an "
+        "answer, or use method 'supervised'.",
     ),
     (
         "no corrections",
         {"training_file": "only pairs"},
         "nothing_to_learn",
-        "has 0 supervised examples to train on, method 'supervised' needs at least 1; add "
-        "corrections (kind 'correction') or use method 'dpo'.",
+        "has 0 supervised examples to train on, method 'supervised' needs at least 1. It has 1 "
+        "preference ones to train on and 0 held out. Add corrections (kind 'correction'), or use "
+        "method 'dpo'.",
+    ),
+    (
+        "only ratings",
+        {"training_file": "only ratings"},
+        "nothing_to_learn",
+        "needs at least 1. It has 2 labelled ones to train on and 0 held out. Ratings and stars "
+        "make labelled ones, which evaluations use and no method trains on; corrections and "
+        "comparisons are trained on. Add corrections (kind 'correction').",
     ),
     ("holdout", {"training_file": "holdout"}, None, "is the holdout of ds_"),
     ("empty", {"training_file": "empty"}, "nothing_to_learn", "has 0 examples; add corrections"),
@@ -252,6 +266,7 @@ def test_a_refusal_says_what_to_do(
             "unfinished": unfinished.id,
             "only corrections": add_dataset(session, tmp_path, train=ROWS[:2]).id,
             "only pairs": add_dataset(session, tmp_path, train=ROWS[2:]).id,
+            "only ratings": add_dataset(session, tmp_path, train=RATED).id,
             "holdout": part(good.id, "supervised", "holdout"),
             "pairs file": part(good.id, "preference"),
             "empty": add_file(session, tmp_path, [], kind=None).id,

@@ -648,7 +648,8 @@ def test_open_webui_s_own_calls_are_answered_kept_apart_and_never_learned_from(
         people = session.execute(select(Person.user, Person.end_user)).all()
     assert ("webui", "u1") in [tuple(person) for person in people]
     rated = {"completion_id": own.id, "kind": "rating", "value": True}
-    assert app.post("/v1/feedback", json=rated).json()["teaches"] == "nothing"
+    teaches = app.post("/v1/feedback", json=rated).json()["teaches"]
+    assert teaches == "nothing: the answer is a front end's own, such as a title"
 
 
 def test_tools_that_the_engine_can_t_choose_are_refused_before_it_is_asked(

@@ -53,7 +53,7 @@ def test_a_verdict_is_new_once_and_then_stands(running_gateway: RunningGateway) 
         "user": "anna",
         "metadata": {"page": "1"},
         "revision": 1,
-        "teaches": "labelled true",
+        "teaches": "labelled true (used in evaluations; no method trains on it yet)",
     }
 
 
@@ -136,21 +136,79 @@ def test_a_plain_key_cannot_judge_as_somebody_else(sqlite_gateway: RunningGatewa
     assert _rate(anna, answer, user="bea").json()["user"] == "anna"
 
 
-def test_what_may_not_be_learned_from_teaches_nothing(sqlite_gateway: RunningGateway) -> None:
+LONG = "word " * 8_000
+
+TEACHINGS: list[tuple[dict[str, Any], str, Any, str]] = [
+    ({}, "rating", True, "labelled true (used in evaluations; no method trains on it yet)"),
+    ({"trainable": False}, "rating", True, "nothing: the answer may not be learned from"),
+    ({"stored": False}, "rating", True, "nothing: the answer's text was not kept"),
+    ({"kind": "task"}, "rating", True, "nothing: the answer is a front end's own, such as a title"),
+    ({"status": AnswerStatus.INTERRUPTED}, "rating", True, "nothing: the answer was interrupted"),
+    ({}, "stars", 3, "nothing: it says neither what is good nor what is bad"),
+    ({}, "correction", "Drops from a cloud, all the way down.", "supervised and preference"),
+    ({}, "correction", " Water from the sky.\u200b", "nothing: it is the answer itself"),
+    ({}, "correction", "\u200b\u2060", "nothing: it has no text that can be seen"),
+    ({}, "correction", LONG, "nothing: the text is longer than 32,000 characters"),
+    (
+        {"text": "Rain is water that falls from the clouds to the ground in small drops."},
+        "correction",
+        "Rain is water that falls from the clouds to the ground in small bits.",
+        "supervised; no preference: less than 20% of the answer was changed",
+    ),
+    (
+        {"status": AnswerStatus.INTERRUPTED},
+        "correction",
+        "Water.",
+        "supervised; no preference: the answer was interrupted",
+    ),
+    ({"finish_reason": "length"}, "rating", True, "nothing: the length limit cut the answer off"),
+]
+
+
+def test_what_a_reply_promises_is_what_a_freeze_makes(sqlite_gateway: RunningGateway) -> None:
+    """And it says why the rest is not made, with the bound."""
     anna = sqlite_gateway.client(sqlite_gateway.key("anna"))
-    unfit: list[dict[str, Any]] = [{"trainable": False}, {"stored": False}, {"kind": "task"}]
-    for columns in unfit:
-        answer = add_answer(sqlite_gateway.database, "anna", **columns)
-        assert _rate(anna, answer).json()["teaches"] == "nothing", columns
+    database = sqlite_gateway.database
+    given = []
+    for n, (columns, kind, value, words) in enumerate(TEACHINGS):
+        answer = add_answer(
+            database, "anna", **{"text": "Water from the sky.", "prompt": f"Rain {n}?", **columns}
+        )
+        reply = anna.post(
+            "/v1/feedback", json={"completion_id": answer, "kind": kind, "value": value}
+        )
+        assert reply.json()["teaches"] == words, (
+            columns,
+            value[:40] if kind == "correction" else value,
+        )
+        given.append((reply.json()["id"], words))
+    add_dataset(database, sqlite_gateway.gateway.settings.data)
+    for judgement_id, words in given:
+        made = [
+            part["kind"]
+            for part in anna.get(f"/v1/feedback/{judgement_id}").json()["became"]["examples"]
+        ]
+        promised = words.partition(";")[0].partition(" (")[0].replace("labelled true", "labelled")
+        assert made == ([] if words.startswith("nothing") else promised.split(" and ")), words
 
 
 def test_the_deployments_policy_says_what_is_taught(sqlite_gateway: RunningGateway) -> None:
     answer = add_answer(sqlite_gateway.database, "anna")
-    with sqlite_gateway.database.write() as session:
-        get_deployment(session, "assistant").policies = {"curation": {"stars_true": 5}}
     anna = sqlite_gateway.client(sqlite_gateway.key("anna"))
     body = {"completion_id": answer, "kind": "stars", "value": 4}
-    assert anna.post("/v1/feedback", json=body).json()["teaches"] == "nothing"
+    with sqlite_gateway.database.read() as session:
+        person_id = session.get_one(Answer, answer).person_id
+    for policy, words in (
+        ({"stars_true": 5}, "nothing: it says neither what is good nor what is bad"),
+        ({"kinds": ["supervised"]}, "nothing: the deployment's policy makes no such examples"),
+        (
+            {"excluded_people": [person_id]},
+            "nothing: the deployment's policy leaves this person's verdicts out",
+        ),
+    ):
+        with sqlite_gateway.database.write() as session:
+            get_deployment(session, "assistant").policies = {"curation": policy}
+        assert anna.post("/v1/feedback", json=body).json()["teaches"] == words
 
 
 def test_what_cannot_be_meant_is_refused_by_name(sqlite_gateway: RunningGateway) -> None:
