@@ -22,6 +22,7 @@ from feedback.errors import AppError, RateLimited
 from server.auth import KeyView
 from server.auth import Scope as KeyScope
 from server.errors import envelope_of, headers_of
+from server.feedback_tokens import Grant
 
 if TYPE_CHECKING:
     from server.gateway import Gateway
@@ -47,6 +48,11 @@ class Limits:
 
 
 _UNLIMITED = Limits()
+
+OF_A_TOKEN = Limits(requests_per_minute=30, concurrent_requests=4)
+"""What all feedback tokens of one answer and person may do together: one page's clicks."""
+
+MOST_TOKENS = 10_000  #: of which a gateway counts; those that were silent longest begin anew
 
 
 class Bucket:
@@ -74,8 +80,9 @@ class Bucket:
 class Account:
     """What one key has used."""
 
-    def __init__(self, limits: Limits, clock: Clock) -> None:
+    def __init__(self, limits: Limits, clock: Clock, *, whose: str = "this key") -> None:
         self.limits = limits
+        self._whose = whose
         self._clock = clock
         self.running = 0
         at = clock()
@@ -88,14 +95,14 @@ class Account:
         most = limits.concurrent_requests
         if most is not None and self.running >= most:
             raise RateLimited(
-                f"this key may run {most} {'request' if most == 1 else 'requests'} at once, and "
-                "no more; try again in 1s, or when one has ended",
+                f"{self._whose} may run {most} {'request' if most == 1 else 'requests'} at once, "
+                "and no more; try again in 1s, or when one has ended",
                 retry_after_seconds=1,
             )
         if self.requests is not None and self.requests.level(at) < 1:
-            raise _used_up("requests", self.requests, self.requests.seconds_until(1, at))
+            raise self._used_up("requests", self.requests, self.requests.seconds_until(1, at))
         if with_tokens and self.tokens is not None and self.tokens.level(at) < 0:
-            raise _used_up("tokens", self.tokens, self.tokens.seconds_until(0, at))
+            raise self._used_up("tokens", self.tokens, self.tokens.seconds_until(0, at))
         if self.requests is not None:
             self.requests.take(1, at)
         self.running += 1
@@ -104,6 +111,13 @@ class Account:
     def charge(self, tokens: int) -> None:
         if self.tokens is not None:
             self.tokens.take(tokens, self._clock())
+
+    def _used_up(self, what: str, bucket: Bucket, seconds: float) -> RateLimited:
+        return RateLimited(
+            f"{self._whose} may use {bucket.per_minute} {what} per minute, and they are used up; "
+            f"try again in {duration(seconds)}",
+            retry_after_seconds=max(1, math.ceil(seconds)),
+        )
 
     def headers(self) -> dict[str, str]:
         """OpenAI's `x-ratelimit-…` of the limits that are set."""
@@ -140,9 +154,16 @@ class LimitBook:
         self._has_no_defaults = defaults == _UNLIMITED
         self._clock = clock
         self._accounts: dict[str, Account] = {}
+        self._tokens: dict[tuple[str, str], Account] = {}  #: the one used last stands last
 
     def account(self, key: KeyView) -> Account | None:
-        """Where the key's use is counted; None for a key without limits, and for the worker."""
+        """Where the key's use is counted; None for a key without limits, and for the worker.
+
+        A feedback token takes nothing from the key that made it: browsers send it, and whoever
+        has one must not be able to stop its application.
+        """
+        if key.grant is not None:
+            return self._of_token(key.grant)
         if KeyScope.INTERNAL in key.scopes or (self._has_no_defaults and not key.limits):
             return None
         limits = self._defaults.overridden(key.limits)
@@ -151,6 +172,16 @@ class LimitBook:
         found = self._accounts.get(key.id)
         if found is None or found.limits != limits:
             found = self._accounts[key.id] = Account(limits, self._clock)
+        return found
+
+    def _of_token(self, grant: Grant) -> Account:
+        name = (grant.answer_id, grant.person_id)
+        found = self._tokens.pop(name, None) or Account(
+            OF_A_TOKEN, self._clock, whose="a feedback token"
+        )
+        self._tokens[name] = found
+        if len(self._tokens) > MOST_TOKENS:
+            del self._tokens[next(iter(self._tokens))]
         return found
 
 
@@ -213,11 +244,3 @@ def duration(seconds: float) -> str:
 
 def _bucket(per_minute: int | None, at: float) -> Bucket | None:
     return None if per_minute is None else Bucket(per_minute, at)
-
-
-def _used_up(what: str, bucket: Bucket, seconds: float) -> RateLimited:
-    return RateLimited(
-        f"this key may use {bucket.per_minute} {what} per minute, and they are used up; try again "
-        f"in {duration(seconds)}",
-        retry_after_seconds=max(1, math.ceil(seconds)),
-    )

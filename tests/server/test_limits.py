@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from feedback.errors import RateLimited
 from server.auth import KeyView
 from server.engines.fake import FakeEngine, Faults
-from server.limits import Account, LimitBook, Limits, duration
+from server.feedback_tokens import Grant
+from server.limits import MOST_TOKENS, Account, LimitBook, Limits, duration
 from tests.gateway_fixtures import RunningGateway
+from tests.rows import add_answer
 
 CHAT = "/v1/chat/completions"
 HI = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
@@ -188,3 +191,45 @@ def test_without_a_key_nothing_is_counted(sqlite_gateway: RunningGateway) -> Non
         assert [nobody.get("/v1/models").status_code for _ in range(3)] == [401] * 3
     worker = sqlite_gateway.client(sqlite_gateway.worker_key)
     assert [worker.post(CHAT, json=HI).status_code for _ in range(2)] == [200] * 2
+
+
+def test_tokens_of_one_answer_and_person_share_a_limit_and_the_key_s_is_untouched() -> None:
+    clock = Clock()
+    book = LimitBook(Limits(requests_per_minute=1), clock)
+
+    def of(answer: str, person: str = "person_1") -> Account:
+        grant = Grant(answer, person, "key_1", 2**40)
+        found = book.account(replace(key("feedback"), grant=grant))
+        assert found is not None
+        return found
+
+    for _ in range(30):
+        of("chatcmpl-1").admit(with_tokens=False).end()
+    with pytest.raises(RateLimited, match="a feedback token may use 30 requests per minute"):
+        of("chatcmpl-1").admit(with_tokens=False)
+    for other in (of("chatcmpl-2"), of("chatcmpl-1", "person_2"), book.account(key())):
+        assert other is not None
+        other.admit(with_tokens=False).end()
+
+
+def test_of_feedback_tokens_a_bounded_number_is_counted() -> None:
+    book = LimitBook(Limits(), Clock())
+    for number in range(MOST_TOKENS + 5):
+        book.account(replace(key(), grant=Grant(f"chatcmpl-{number}", "p", "key_1", 2**40)))
+    assert len(book._tokens) == MOST_TOKENS
+    assert ("chatcmpl-4", "p") not in book._tokens
+
+
+def test_whoever_has_a_token_cannot_stop_its_application(sqlite_gateway: RunningGateway) -> None:
+    answer = add_answer(sqlite_gateway.database, "anna")
+    limits = {"requests_per_minute": 5}
+    anna = sqlite_gateway.client(sqlite_gateway.key("anna", "chat", "feedback", limits=limits))
+    made = anna.post(
+        "/v1/feedback/tokens", json={"completion_id": answer, "expires_in_seconds": 60}
+    )
+    browser = sqlite_gateway.client(made.json()["token"])
+
+    statuses = [browser.get("/v1/feedback/fb_none").status_code for _ in range(31)]
+
+    assert statuses == [404] * 30 + [429]
+    assert anna.get("/v1/models").headers["x-ratelimit-remaining-requests"] == "3"
