@@ -266,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     make = commands.add_parser("env", help="make .venv")
     make.add_argument("--dev", action="store_true", help="with what tests and linters need")
     options = parser.parse_args(arguments)
+    # The environment holds nothing private, but whoever may write in it may run code as its user.
+    os.umask(os.umask(0o022) | 0o022)
     try:
         python = check()
         if options.command == "check":

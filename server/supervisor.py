@@ -30,6 +30,7 @@ from server.engines.process import EngineProcess, EngineSettingsError, answers_o
 from server.settings import BUNDLED_MODEL, Settings
 from server.terminal import printable, write_line
 from tuner.base_models import MARK, BaseModelError
+from tuner.trainer import environment_for_others
 
 #: How long Ctrl-C waits for running streams; SIGTERM waits for all of them.
 INTERRUPT_DRAIN_SECONDS = 5.0
@@ -168,7 +169,7 @@ def prepare_model(settings: Settings) -> None:
             f"burnish: no model at {str(target)!r}: give MODEL the directory of a chat model "
             f"(config.json, tokenizer, *.safetensors), a hub name (org/name), or {BUNDLED_MODEL!r}"
         )
-    if (code := run_guarded(Launch(command, os.environ))) != 0:
+    if (code := run_guarded(Launch(command, environment_for_others()))) != 0:
         raise SupervisorError(f"burnish: the model could not be made (exit status {code})")
 
 

@@ -55,7 +55,7 @@ from tuner.jobs import JobFailed, LeaseLost, NewEvent, Request, StalledJobs
 from tuner.journal import Journal, Progress
 from tuner.measuring import run_evaluation
 from tuner.tables import Job, JobKind
-from tuner.trainer import TrainerCommand, TrainingFailed, run_trainer
+from tuner.trainer import TrainerCommand, TrainingFailed, environment_for_others, run_trainer
 from tuner.training.config import ConfigError, TrainingConfig, child_environment
 from tuner.tuning import HYPERPARAMETERS
 
@@ -555,8 +555,7 @@ def _default(setting: str) -> Any:
 
 def _environment(threads: int) -> dict[str, str]:
     """The child's environment: this process's without our settings, which hold keys."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("BURNISH_")}
-    return own | child_environment(threads)
+    return environment_for_others() | child_environment(threads)
 
 
 def _write(file: Path, text: str) -> None:

@@ -10,13 +10,16 @@ Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 no connection, or not 
 
 from __future__ import annotations
 
+import os
+
 from server.cli import local, remote
 from server.cli.app import app
 from server.terminal import prepare_output
 
 
 def main() -> None:
-    """Run the command of the arguments."""
+    """Run the command of the arguments. What it and its children write is for this user alone."""
+    os.umask(0o077)
     prepare_output()
     app()
 

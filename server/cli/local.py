@@ -36,7 +36,6 @@ def serve(
     settings = load_settings(
         host=host, port=port, data=data, model=None if model is None else {"path": model}
     )
-    os.umask(0o077)  # for the children too: what people said is for this user alone
     first = not (settings.data / "credentials").exists()
     supervisor.say("preparing; the first answer takes one to two minutes")
 

@@ -26,6 +26,7 @@ from server.engines import cpu_lora
 from server.machine import GIB, Machine, read_machine
 from server.settings import BUNDLED_MODEL, Settings
 from tuner.base_models import BaseModel, describe_base
+from tuner.trainer import environment_for_others
 
 CPU_CONTEXT_TOKENS = 4096  #: default context on a CPU, where a longer prompt takes minutes
 #: Default of requests that run together on a CPU; more only share the same tokens/s.
@@ -201,7 +202,7 @@ class EngineProcess:
             max_lora_rank=settings.engine.max_lora_rank,
             log=str(self.log.resolve()),
         )
-        return Launch(argv, {**os.environ, **environment})
+        return Launch(argv, environment_for_others() | environment)
 
     def started(self, pid: int) -> None:
         """Tell the gateways: write `DATA/run/engine.json`."""

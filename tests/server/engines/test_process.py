@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.children import Launch, start_guarded
 from server.engines.process import (
     EngineProcess,
     EngineSettingsError,
@@ -187,6 +189,27 @@ def test_a_started_engine_is_on_record_for_this_user_alone(
     assert record.api_key == launch.environment["VLLM_API_KEY"]
     assert record.url.endswith(launch.argv[launch.argv.index("--port") + 1])
     assert stat.S_IMODE((run_dir / "engine.json").stat().st_mode) == 0o600
+
+
+def test_the_engine_inherits_nothing_that_opens_the_gateway_or_its_database(
+    engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BURNISH_DATABASE__URL", "BURNISH_API_KEY", "PGPASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("HF_HOME", "/models")
+    show = Launch(
+        [sys.executable, "-c", "import signal; signal.pause()"], engine.prepare().environment
+    )
+    guard, link = start_guarded(show, output=None)
+    with link:
+        pid = int(link.recv(64))
+        inherited = [Path(f"/proc/{of}/environ").read_bytes() for of in (guard.pid, pid)]
+    guard.wait()
+    for environment in inherited:
+        assert b"HF_HOME=/models" in environment
+        assert b"VLLM_API_KEY=" in environment
+        assert b"BURNISH_" not in environment
+        assert b"hunter2" not in environment
 
 
 def test_every_start_has_its_own_key_and_boot_id(engine: EngineProcess, tmp_path: Path) -> None:
