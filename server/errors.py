@@ -100,7 +100,7 @@ def fault_of_engine(status: int, body: bytes, *, names: Mapping[str, str]) -> Ap
     try:
         found = json.loads(body)["error"]
         message, param = str(found["message"]), found.get("param")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message, param = "the engine gave no reason", None
     for engine_name, public in names.items():
         message = message.replace(engine_name, public)

@@ -1,7 +1,8 @@
 """What an engine says: put together for the record, and under the public name for the client.
 
-Owns: the split of a stream at event ends, the text, thoughts and calls of its choices, the name in
-the bytes. Covered: an engine that writes its JSON in another way, text that looks like a field.
+Owns: the split of a stream at event ends, the form of its choices, their text, thoughts and calls,
+the name in the bytes. Covered: an engine that writes its JSON in another way, text that looks like
+a field, a 200 that holds no completion.
 Does not own: what is done with an answer (`proxy.py`).
 """
 
@@ -47,6 +48,73 @@ def count_in(usage: Mapping[str, Any], name: str) -> int | None:
     return found if type(found) is int and 0 <= found < 2**31 else None
 
 
+def choices_of(
+    found: dict[str, Any], *, chat: bool, choices: int, whole: bool
+) -> list[dict[str, Any]]:
+    """The choices of an answer, or of an event of a stream, in the form that all else relies on.
+
+    A whole answer has as many as `choices` says; an event has some of them, or none. Raises
+    EngineFault that names what is wrong: a server may answer 200 with anything.
+    """
+    made = found.get("choices")
+    if not isinstance(made, list):
+        raise _no_completion(f"its 'choices' are {_kind(made)}, expected a list")
+    part = "message" if whole else "delta"
+    for choice in made:
+        if not isinstance(choice, dict):
+            raise _no_completion(f"a choice is {_kind(choice)}, expected an object")
+        index = choice.get("index")
+        if type(index) is not int or not 0 <= index < choices:
+            raise _no_completion(f"a choice's 'index' is not a number below {choices}")
+        _check_text(choice, "finish_reason")
+        if not chat:
+            _check_text(choice, "text")
+            continue
+        said = choice.get(part)
+        if not isinstance(said, dict) and (whole or said is not None):
+            raise _no_completion(f"a choice's {part!r} is {_kind(said)}, expected an object")
+        if said:
+            _check_said(said, whole=whole)
+    if whole and sorted(choice["index"] for choice in made) != list(range(choices)):
+        raise _no_completion(f"it has {len(made)} choices, {choices} were asked for")
+    return made
+
+
+def _check_said(said: dict[str, Any], *, whole: bool) -> None:
+    for name in ("content", "reasoning", "reasoning_content"):
+        _check_text(said, name)
+    calls = said.get("tool_calls")
+    if calls is None:
+        return
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise _no_completion("its 'tool_calls' are no list of objects")
+    for call in calls:
+        _check_text(call, "id")
+        if not whole and type(call.get("index", 0)) is not int:
+            raise _no_completion("a tool call's 'index' is no number")
+        function = call.get("function")
+        if not isinstance(function, dict) and (whole or function is not None):
+            raise _no_completion(f"a tool call's 'function' is {_kind(function)}")
+        for name in ("name", "arguments"):
+            _check_text(function or {}, name)
+
+
+def _check_text(found: dict[str, Any], name: str) -> None:
+    value = found.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _no_completion(f"{name!r} is {_kind(value)}, expected a text")
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value of this type."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return "missing or null" if value is None else kinds.get(type(value), "a number")
+
+
+def _no_completion(why: str) -> EngineFault:
+    return EngineFault(f"the engine answered 200 with no completion: {why}")
+
+
 @dataclass(slots=True)
 class Heard:
     """What the engine has said so far, put together for the record."""
@@ -55,7 +123,7 @@ class Heard:
     texts: dict[int, list[str]] = field(default_factory=dict)
     reasoning: dict[int, list[str]] = field(default_factory=dict)
     tool_calls: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
-    finish: dict[int, str] = field(default_factory=dict)
+    finish: dict[int, str | None] = field(default_factory=dict)
     usage: dict[str, Any] | None = None
     first_token_at: datetime | None = None
 
@@ -77,6 +145,23 @@ class Heard:
                 self._hear_call(index, call)
             if choice.get("finish_reason") is not None:
                 self.finish[index] = choice["finish_reason"]
+
+    def hear_whole(self, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Take the choices of an answer in one piece; what is recorded of them."""
+        recorded = []
+        for choice in choices:
+            index, finish = choice["index"], choice.get("finish_reason")
+            given = choice["message"] if self.chat else {"content": choice.get("text") or ""}
+            message = {"role": "assistant", "content": given.get("content")}
+            if given.get("tool_calls"):
+                message["tool_calls"] = given["tool_calls"]
+            thought = given.get("reasoning") or given.get("reasoning_content")
+            if thought:
+                self.reasoning[index] = [thought]
+            self.texts[index] = [message["content"] or ""]
+            self.finish[index] = finish
+            recorded.append({"index": index, "message": message, "finish_reason": finish})
+        return recorded
 
     def _hear_call(self, index: int, call: dict[str, Any]) -> None:
         calls = self.tool_calls.setdefault(index, {})

@@ -42,6 +42,7 @@ from server.heard import (
     Events,
     Forms,
     Heard,
+    choices_of,
     count_in,
     names_of,
     parse,
@@ -251,8 +252,8 @@ class Relay:
         """Prompt and completion, for the key's limit. A stream that broke has no count of the
         engine's: then by the bytes sent and the pieces that came.
         """
-        counted = (self._heard.usage or {}).get("total_tokens")
-        if isinstance(counted, int):
+        counted = count_in(self._heard.usage or {}, "total_tokens")
+        if counted is not None:
             return counted
         pieces = sum(map(len, self._heard.texts.values()))
         return pieces + (len(self._exchange.body) // 4 if pieces else 0)
@@ -352,26 +353,9 @@ class Relay:
         body = await _read(reply, LARGEST_REPLY)
         self._times.heard = time.perf_counter()
         answer = parse(body)
-        self._check(answer)
+        said = self._choices_of(body, answer, whole=True)
         self._heard.usage = usage_of(answer)
-        choices = []
-        for choice in answer["choices"]:
-            index = choice["index"]
-            if not self._heard.chat:
-                message = {"role": "assistant", "content": choice.get("text") or ""}
-            else:
-                given = choice["message"]
-                message = {"role": "assistant", "content": given.get("content")}
-                if given.get("tool_calls"):
-                    message["tool_calls"] = given["tool_calls"]
-                thought = given.get("reasoning") or given.get("reasoning_content")
-                if thought:
-                    self._heard.reasoning[index] = [thought]
-            self._heard.texts[index] = [message["content"] or ""]
-            self._heard.finish[index] = choice.get("finish_reason")
-            choices.append(
-                {"index": index, "message": message, "finish_reason": choice.get("finish_reason")}
-            )
+        choices = self._heard.hear_whole(said)
         await self._commit(self._ended(AnswerStatus.COMPLETE, choices=choices))
         body = self._names.put_into(body)
         await client.start(
@@ -412,6 +396,8 @@ class Relay:
                 passed.clear()
             if fault is not None:
                 raise fault
+        if not self._heard.texts:
+            raise EngineFault("the engine answered 200 with a stream that holds no completion")
         if not done or len(self._heard.finish) < self._exchange.n:
             raise EngineUnreachable("the stream ended early")
         self._times.heard = time.perf_counter()
@@ -426,14 +412,12 @@ class Relay:
         renamed = self._forms.hear(event)
         if renamed is not None:
             return renamed
-        if event == DONE or not event.startswith(b"data: "):
+        if event == DONE or event.startswith(b":"):  # the second is a comment
             return event
+        if not event.startswith(b"data: "):
+            raise EngineFault("the engine's stream holds something other than events of data")
         found = parse(event[6:])
-        if "error" in found:
-            names = {self._exchange.engine_name: self._exchange.public_name}
-            raise fault_of_engine(500, event[6:], names=names)
-        self._check(found)
-        choices = found.get("choices")
+        choices = self._choices_of(event[6:], found, whole=False)
         if choices:
             self._heard.hear(choices)
         self._heard.usage = usage_of(found) or self._heard.usage
@@ -444,7 +428,19 @@ class Relay:
 
     # Both
 
-    def _check(self, answer: dict[str, Any]) -> None:
+    def _choices_of(
+        self, raw: bytes, answer: dict[str, Any], *, whole: bool
+    ) -> list[dict[str, Any]]:
+        """The choices of an answer or event that is what was asked for. Raises AppError."""
+        exchange = self._exchange
+        if answer.get("error"):
+            names = {exchange.engine_name: exchange.public_name}
+            raise fault_of_engine(500, raw, names=names)
+        choices = choices_of(answer, chat=self._heard.chat, choices=exchange.n, whole=whole)
+        self._check_name(answer)
+        return choices
+
+    def _check_name(self, answer: dict[str, Any]) -> None:
         """The engine must answer under the name that it was asked under."""
         if answer.get("model") != self._exchange.engine_name:
             self._fleet.integrity_errors += 1

@@ -9,6 +9,7 @@ answer means.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,7 +130,10 @@ class VllmEngine:
             return [
                 # The first token has no figure. vLLM may list likelier tokens beside the prompt's
                 # own.
-                [float(by_index[i][at][str(prompt[at])]["logprob"]) for at in range(1, len(prompt))]
+                [
+                    _finite(by_index[i][at][str(prompt[at])]["logprob"])
+                    for at in range(1, len(prompt))
+                ]
                 for i, prompt in enumerate(prompts)
             ]
 
@@ -177,7 +181,7 @@ class VllmEngine:
         status, text = await self._call(method, path, body)
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EngineRefused(status, f"{path} answered something other than JSON") from error
 
     async def _call(
@@ -195,7 +199,8 @@ class VllmEngine:
             async with self._open().request(
                 method, self._url(path), data=sent, headers=self._headers, timeout=timeout
             ) as response:
-                status, text = response.status, await response.text()
+                status = response.status
+                text = (await response.read()).decode("utf-8", "replace")
         except _BROKEN as error:
             raise self._unreachable(error) from error
         if status >= 400:
@@ -226,7 +231,7 @@ def error_message(text: str) -> str:
     """
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text.strip()[:500]
     match body:
         case (
@@ -238,6 +243,14 @@ def error_message(text: str) -> str:
     return text.strip()[:500]
 
 
+def _finite(figure: Any) -> float:
+    """A figure that can be compared and summed. ValueError for NaN and infinity."""
+    found = float(figure)
+    if not math.isfinite(found):
+        raise ValueError(f"a log-probability is {found}")
+    return found
+
+
 def _verification(error: Exception) -> str:
     return str(getattr(error, "verify_message", None) or type(error).__name__)
 
@@ -247,5 +260,5 @@ def _expected_shape(path: str) -> Iterator[None]:
     """Turn a missing key or a wrong type in an answer of `path` into `EngineRefused`."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise EngineRefused(200, f"{path} answered in an unknown shape: {error!r}") from error

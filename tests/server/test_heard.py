@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import EngineFault
-from server.heard import DONE, LARGEST_EVENT, Events, Forms, Heard, Names, parse
+from server.heard import DONE, LARGEST_EVENT, Events, Forms, Heard, Names, choices_of, parse
 
 
 def split(*parts: bytes) -> list[bytes]:
@@ -105,6 +107,81 @@ def test_a_stream_is_put_together_by_choice_with_thoughts_and_tool_calls() -> No
         },
     ]
     assert heard.thoughts() == ["hm", None]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+CALL = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": "{}"}}
+SAID = {"role": "assistant", "content": "a", "reasoning": "b", "tool_calls": [CALL]}
+ANSWERS = {
+    (chat, whole): {
+        "model": "tiny",
+        "usage": {"total_tokens": 3},
+        "choices": [
+            {"index": 0, "finish_reason": "stop"}
+            | ({("message" if whole else "delta"): SAID} if chat else {"text": "a"})
+        ],
+    }
+    for chat in (True, False)
+    for whole in (True, False)
+}
+
+
+def places_of(found: Any) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside of a JSON value."""
+    inner = found.items() if isinstance(found, dict) else enumerate(found)
+    for key, value in inner:
+        yield (key,)
+        if isinstance(value, dict | list):
+            yield from ((key, *rest) for rest in places_of(value))
+
+
+@given(st.sampled_from(sorted(ANSWERS)), JSON, st.data())
+def test_whatever_stands_in_an_answer_s_place_is_heard_or_the_engine_s_fault(
+    kind: tuple[bool, bool], other: Any, data: st.DataObject
+) -> None:
+    chat, whole = kind
+    answer = copy.deepcopy(ANSWERS[kind])
+    *path, last = data.draw(st.sampled_from(list(places_of(answer))))
+    place: Any = answer
+    for key in path:
+        place = place[key]
+    place[last] = other
+    heard = Heard(chat=chat)
+    try:
+        choices = choices_of(answer, chat=chat, choices=1, whole=whole)
+    except EngineFault:
+        return
+    if whole:
+        recorded = heard.hear_whole(choices)
+    else:
+        heard.hear(choices)
+        recorded = heard.choices()
+        Forms(heard, Names("tiny", "assistant@1")).learn(
+            b"data: %b\n\n" % json.dumps(answer).encode(), answer
+        )
+    assert all(isinstance(text, str) for texts in heard.texts.values() for text in texts)
+    assert len(recorded) == len({choice["index"] for choice in choices})
+    assert heard.thoughts() is None or chat
+
+
+@pytest.mark.parametrize("kind", sorted(ANSWERS))
+def test_a_right_answer_passes_and_one_with_fewer_choices_than_asked_does_not(
+    kind: tuple[bool, bool],
+) -> None:
+    chat, whole = kind
+    answer = ANSWERS[kind]
+    assert choices_of(answer, chat=chat, choices=1, whole=whole) is answer["choices"]
+    if whole:
+        with pytest.raises(EngineFault, match="1 choices, 2 were asked for"):
+            choices_of(answer, chat=chat, choices=2, whole=whole)
+    else:
+        assert choices_of(answer, chat=chat, choices=2, whole=whole) is answer["choices"]
 
 
 PIECES = st.one_of(

@@ -244,6 +244,9 @@ class FakeEngine:
         if faults.hangs_up:
             exchange.hang_up()
             return None
+        if faults.says is not None:
+            exchange.reply(200, faults.says.encode())
+            return None
         if faults.error_status is not None:
             raise Refusal(faults.error_status, DEAD, "InternalServerError")
         if faults.takes_time or not self.slots.has_room(adapter):

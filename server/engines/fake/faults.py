@@ -23,6 +23,7 @@ class Faults:
     stalls_after_tokens: int | None = None  #: then nothing comes, and the connection stays open
     endless: bool = False  #: no answer ends by itself
     answers_as: str | None = None  #: the model that answers claim to be from
+    says: str | None = None  #: the body of a 200 in the place of every completion
 
     @property
     def takes_time(self) -> bool:

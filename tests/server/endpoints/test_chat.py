@@ -344,6 +344,109 @@ def test_a_fault_in_mid_stream_ends_it_with_an_error_and_keeps_what_was_said(
         ]
 
 
+def whole(**changes: Any) -> str:
+    """A plain answer of the engine's, changed."""
+    message = {"role": "assistant", "content": "hi"}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return json.dumps({"model": "tiny", "choices": [choice], **changes})
+
+
+def stream_of(*deltas: Any) -> str:
+    """A stream of the engine's with these events."""
+    return "".join(f"data: {json.dumps(delta)}\n\n" for delta in deltas) + "data: [DONE]\n\n"
+
+
+def delta(said: Any, **more: Any) -> dict[str, Any]:
+    return {"model": "tiny", "choices": [{"index": 0, "delta": said, **more}]}
+
+
+NO_COMPLETION = [
+    *[
+        (False, body)
+        for body in (
+            "",
+            "<html>Sign in</html>",
+            "[1]",
+            "null",
+            '{"ok": true}',
+            "[" * 100_000,
+            whole(choices=None),
+            whole(choices=[]),
+            whole(choices={}),
+            whole(choices=["hi"]),
+            whole(choices=[{"message": {"content": "no index"}}]),
+            whole(choices=[{"index": 0, "message": None}]),
+            whole(choices=[{"index": 0, "message": {"content": 7}}]),
+            whole(choices=[{"index": 0, "message": {"content": "a", "tool_calls": [1]}}]),
+            whole(choices=[{"index": n, "message": {"content": "a"}} for n in (0, 1)]),
+            whole(error={"message": "out of memory"}),
+            stream_of(delta({"content": "a"}, finish_reason="stop")),
+        )
+    ],
+    *[
+        (True, body)
+        for body in (
+            "",
+            "<html>\n\n<p>Sign in\n\n</html>",
+            whole(),
+            whole() + "\n\n",
+            "data: <html>\n\n",
+            "data: [1]\n\n",
+            "data: [DONE]\n\n",
+            stream_of({"ok": True}),
+            stream_of({"model": "tiny", "choices": 7}),
+            stream_of({"model": "tiny", "choices": [None]}),
+            stream_of({"model": "tiny", "choices": [{"delta": {"content": "no index"}}]}),
+            stream_of(delta("text")),
+            stream_of(delta({"content": ["text"]})),
+            stream_of(delta({"tool_calls": {"index": 0}})),
+            stream_of(delta({"tool_calls": [{"index": "0"}]})),
+            stream_of({"model": "tiny", "choices": [], "usage": {}}),
+        )
+    ],
+]
+
+
+def test_a_200_that_holds_no_completion_is_the_engine_s_fault_and_named_so(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, subtests: pytest.Subtests
+) -> None:
+    client = sqlite_gateway.client(sqlite_gateway.key("anna"))
+    for stream, body in NO_COMPLETION:
+        with subtests.test(stream=stream, body=body[:80]):
+            gateway_engine.faults = Faults(says=body)
+            reply = client.post(CHAT, json=chat(stream=stream))
+            assert (reply.status_code, reply.json()["error"]["code"]) == (502, "engine_error")
+            assert "the engine" in reply.json()["error"]["message"]
+            recorded = newest_row(sqlite_gateway)
+            assert (recorded.status, recorded.error_code) == (AnswerStatus.FAILED, "engine_error")
+            gateway_engine.faults = Faults()
+            assert client.post(CHAT, json=chat(stream=stream)).status_code == 200
+    assert sqlite_gateway.gateway.fleet.integrity_errors == 0
+
+
+def test_an_event_of_another_form_in_mid_stream_ends_it_as_the_engine_s_fault(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+) -> None:
+    gateway_engine.faults = Faults(says=stream_of(delta({"content": "a"}), {"ok": True}))
+    client = sqlite_gateway.client(sqlite_gateway.key("anna"))
+    said = events(client.post(CHAT, json=chat(stream=True)).text)
+    assert said[0]["choices"][0]["delta"]["content"] == "a"
+    assert said[1]["error"]["code"] == "engine_error"
+    recorded = newest_row(sqlite_gateway)
+    assert (recorded.status, recorded.error_code) == (AnswerStatus.INTERRUPTED, "engine_error")
+
+
+def test_a_stream_that_ends_early_is_a_failure_of_that_request(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+) -> None:
+    gateway_engine.faults = Faults(says=stream_of(delta({"content": "a"})))
+    client = sqlite_gateway.client(sqlite_gateway.key("anna"))
+    said = events(client.post(CHAT, json=chat(stream=True)).text)
+    assert said[-1]["error"]["code"] == "engine_failed"
+    gateway_engine.faults = Faults()
+    assert client.post(CHAT, json=chat()).status_code == 200
+
+
 def test_a_failed_request_takes_the_engine_from_nobody(
     sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, subtests: pytest.Subtests
 ) -> None:
