@@ -31,7 +31,7 @@ from server.engines.process import (
 from server.machine import GIB, installed_version, list_gpus, read_machine
 from server.settings import Settings
 from server.upgrade import check_schema
-from tuner.base_models import BaseModelError, describe_base
+from tuner.base_models import BaseModelError, describe_base, read_chat_template
 
 CPU_TRAPS = (
     "torchvision",
@@ -281,7 +281,10 @@ def _engine(settings: Settings) -> Iterator[Finding]:
         base = describe_base(
             settings.model_dir, settings.base_name, settings.model.revision or "unread"
         )
-        argv, environment = engine_command(settings, read_machine(), base, port=0, api_key="")
+        template = read_chat_template(base.path)
+        argv, environment = engine_command(
+            settings, read_machine(), base, port=0, api_key="", template=template
+        )
     except (BaseModelError, EngineSettingsError) as error:
         if isinstance(error, EngineSettingsError):
             yield Finding("engine", Verdict.PROBLEM, str(error), "correct [engine.args]")

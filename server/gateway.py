@@ -112,6 +112,11 @@ class Gateway:
         end_user = end_user_of(key, body, headers, self.settings.gateway.user_headers)
         return Caller(key, await self.person_id(key.user, end_user))
 
+    async def parses_tools(self) -> bool | None:
+        """Whether the engines can call tools: what is set, else what they show."""
+        declared = self.settings.engine.parses_tools
+        return declared if declared is not None else await self.fleet.parses_tools()
+
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that nobody waits for; its failure is logged."""
         task = asyncio.ensure_future(_logged(work))

@@ -137,6 +137,12 @@ class EngineSettings(Section):
         default=None, ge=1, description="CPU threads of the engine; default: all cores."
     )
     start_timeout_seconds: float = Field(default=600.0, gt=0)
+    tool_parser: str = Field(
+        default="auto",
+        min_length=1,
+        description="vLLM's parser of tool calls: its name, `auto` (by the base's chat template) "
+        "or `none`.",
+    )
     args: dict[str, Any] = Field(
         default={},
         description="Handed to vLLM verbatim: `args.max-num-seqs = 16` is `--max-num-seqs 16`.",
@@ -155,11 +161,8 @@ class EngineSettings(Section):
 
     @property
     def parses_tools(self) -> bool | None:
-        """Whether the engine can choose tools by itself; None for servers that others started."""
-        if self.urls:
-            return None
-        given = {name.lstrip("-").replace("_", "-") for name, value in self.args.items() if value}
-        return {"enable-auto-tool-choice", "tool-call-parser"} <= given
+        """Whether the engines choose tools by themselves; None where they have to be asked."""
+        return {"auto": None, "none": False}.get(self.tool_parser, True)
 
 
 Origin = Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]

@@ -12,7 +12,7 @@ import math
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -398,16 +398,46 @@ def is_task(parsed: Parsed, prefixes: Sequence[str]) -> bool:
     return text_of(turns[0].get("content")).lstrip().startswith(tuple(prefixes))
 
 
-def check_tools(parsed: Parsed, parses_tools: bool | None) -> None:
-    """Raises BadRequest where the engine would have to call tools and cannot; None: unknown."""
+def offers_tools(parsed: Parsed) -> bool:
+    """Whether the answer may be calls of tools, which takes a parser."""
+    return bool(parsed.given.get("tools")) and parsed.given.get("tool_choice") != "none"
+
+
+def check_tools(parsed: Parsed, parses_tools: bool | None, *, strict: bool) -> Parsed:
+    """The request as an engine can take it, which may call tools or not (None: unknown).
+
+    `tool_choice: auto` leaves it to the model whether it calls any, so where no engine can, the
+    tools go and are named as ignored; a choice that demands a call is BadRequest. A choice among no
+    tools, as clients that write every field send it, goes unnamed: it asks for nothing.
+    """
     given = parsed.given
-    if parses_tools is False and given.get("tools") and given.get("tool_choice") != "none":
+    choice = given.get("tool_choice")
+    demands_a_call = choice not in (None, "auto", "none")
+    sent = [name for name in _OF_TOOLS if given.get(name) is not None]
+    if not given.get("tools"):
+        if demands_a_call:
+            raise BadRequest("tool_choice demands a call, and there are no tools", param="tools")
+        return _without(parsed, sent) if sent else parsed
+    if parses_tools is not False or not offers_tools(parsed):
+        return parsed
+    if demands_a_call or strict:
         raise BadRequest(
-            "the engine runs without a tool parser, so it can't call tools; set "
-            "enable-auto-tool-choice = true and tool-call-parser (by model) in [engine.args], or "
-            "send tool_choice 'none'",
-            param="tool_choice",
+            "the engine runs without a tool parser, so it can't call tools; set engine.tool_parser "
+            "to vLLM's for this model, or "
+            + ("send tool_choice 'auto' or 'none'" if demands_a_call else "leave the tools out"),
+            param="tool_choice" if demands_a_call else "tools",
         )
+    return _without(parsed, sent, ignored=(*parsed.ignored, *sent))
+
+
+_OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+
+
+def _without(
+    parsed: Parsed, names: Sequence[str], ignored: tuple[str, ...] | None = None
+) -> Parsed:
+    given = {name: value for name, value in parsed.given.items() if name not in names}
+    return replace(parsed, given=given, ignored=parsed.ignored if ignored is None else ignored)
 
 
 def _is_tool_call(call: Any) -> bool:

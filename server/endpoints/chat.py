@@ -45,6 +45,7 @@ from server.wire import (
     check_tools,
     engine_body,
     is_task,
+    offers_tools,
     parse_body,
     parse_chat,
     parse_text,
@@ -180,7 +181,9 @@ async def _prepare(
     refuse_nul(raw)
     parse = parse_chat if path == CHAT_PATH else parse_text
     parsed = parse(body, max_choices=settings.max_choices, strict=settings.strict)
-    check_tools(parsed, gateway.settings.engine.parses_tools)
+    if path == CHAT_PATH and parsed.given.keys() & {"tools", "tool_choice"}:
+        parses = await gateway.parses_tools() if offers_tools(parsed) else None
+        parsed = check_tools(parsed, parses, strict=settings.strict)
     kind = _kind(gateway, key, parsed, path)
     external_id = _external_conversation(parsed.given, headers, settings.conversation_headers)
     check_model(gateway.directory.snapshot, parsed.model, key.deployments)

@@ -84,6 +84,9 @@ class Engine(Protocol):
     async def touch(self, name: str) -> None:
         """A one-token request: makes `name` the most recently used adapter."""
 
+    async def parses_tools(self, model: str) -> bool:
+        """Whether the server reads calls of tools out of what `model` writes."""
+
     async def tokenize(
         self, model: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
     ) -> list[int]:

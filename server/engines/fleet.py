@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+TOOLS_SECONDS = 5.0  #: longest wait for an engine to say whether it calls tools
 RETRY_SECONDS = 15.0
 """Pause before a release that an engine could not restore is tried there again."""
 
@@ -87,6 +88,7 @@ class Member:
     status: EngineStatus = EngineStatus.LOADING
     reason: str = "not reached yet"
     boot_id: str | None = None
+    parses_tools: bool | None = None  #: None: not asked yet
     loaded: OrderedDict[str, Proof | None] = field(default_factory=OrderedDict)
     """Adapters by engine name, least recently used first; the proof is None until there is one."""
     running: dict[str, int] = field(default_factory=dict)
@@ -262,6 +264,24 @@ class Fleet:
         return {name for member in self.members.values() for name in member.loaded}
 
     # Adapters
+
+    async def parses_tools(self) -> bool | None:
+        """Whether every engine that is ready calls tools; None where one of them doesn't tell."""
+        ready = [m for m in self.members.values() if m.status is EngineStatus.READY]
+        found = await asyncio.gather(*map(self._parses_tools, ready))
+        return False if False in found else None if None in found or not found else True
+
+    async def _parses_tools(self, member: Member) -> bool | None:
+        if member.parses_tools is None:
+            boot_id = member.boot_id
+            try:
+                async with asyncio.timeout(TOOLS_SECONDS):
+                    found = await member.engine.parses_tools(self.base_name)
+            except (EngineError, TimeoutError):
+                return None
+            if member.boot_id == boot_id:
+                member.parses_tools = found
+        return member.parses_tools
 
     async def prepare(self, release: Weights, *, tolerate_noise: bool = False) -> dict[str, Proof]:
         """Load `release` on every ready engine and prove it there; proofs by engine id.
@@ -642,6 +662,7 @@ class Fleet:
             names = await self._list_adapters(member)
             member.status, member.reason = EngineStatus.LOADING, "restoring its adapters"
             member.boot_id, member.may_have_forgotten = boot_id, False
+            member.parses_tools = None
             member.base_figures.clear()
             member.retry_at.clear()
             member.problems.clear()

@@ -23,9 +23,10 @@ from typing import Any
 
 from server.children import Launch, write_private_json
 from server.engines import cpu_lora
+from server.engines.tool_parsers import tool_options
 from server.machine import GIB, Machine, read_machine
 from server.settings import BUNDLED_MODEL, Settings
-from tuner.base_models import BaseModel, describe_base
+from tuner.base_models import BaseModel, describe_base, read_chat_template
 from tuner.trainer import environment_for_others
 
 CPU_CONTEXT_TOKENS = 4096  #: default context on a CPU, where a longer prompt takes minutes
@@ -63,11 +64,18 @@ def read_engine_record(run_dir: Path) -> EngineRecord | None:
 
 
 def engine_command(
-    settings: Settings, machine: Machine, base: BaseModel, *, port: int, api_key: str
+    settings: Settings,
+    machine: Machine,
+    base: BaseModel,
+    *,
+    port: int,
+    api_key: str,
+    template: str = "",
 ) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of vLLM for these settings on this machine; pure.
 
-    The environment holds only what differs from the supervisor's own. The key goes there, where
+    `template` is the base's chat template, which the parser of tool calls follows from. The
+    environment holds only what differs from the supervisor's own. The key goes there, where
     other users of the machine can't read it. Raises `EngineSettingsError`.
     """
     options: dict[str, Any] = {
@@ -102,7 +110,12 @@ def engine_command(
         options.setdefault("max-model-len", min(CPU_CONTEXT_TOKENS, base.max_position_embeddings))
         options["max-num-seqs"] = CPU_SEQUENCES
         environment |= _cpu_environment(settings, machine)
-    options |= _verbatim(settings.engine.args)
+    verbatim = _verbatim(settings.engine.args)
+    try:
+        options |= tool_options(settings.engine.tool_parser, verbatim, template, base.architecture)
+    except ValueError as error:
+        raise EngineSettingsError(str(error)) from None
+    options |= verbatim
     return [
         sys.executable,
         "-P",
@@ -185,7 +198,12 @@ class EngineProcess:
         )
         port, api_key = settings.engine.port or free_port(), secrets.token_urlsafe(32)
         argv, environment = engine_command(
-            settings, self._machine, base, port=port, api_key=api_key
+            settings,
+            self._machine,
+            base,
+            port=port,
+            api_key=api_key,
+            template=read_chat_template(base.path),
         )
         if self._machine.device == "cpu":
             environment |= _with_our_plugin(os.environ.get("VLLM_PLUGINS"))

@@ -101,6 +101,28 @@ class VllmEngine:
         """Generate one token on `name`."""
         await self._complete(name, [[1]], {})
 
+    async def parses_tools(self, model: str) -> bool:
+        """Whether the server was started with a tool parser, for which there is no question.
+
+        So it is asked for what it always refuses, several greedy choices: without a parser it says
+        so before it gets to that, and nothing is generated either way.
+        """
+        function = {"name": "nothing", "parameters": {"type": "object", "properties": {}}}
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": "auto",
+            "max_tokens": 1,
+            "temperature": 0,
+            "n": 2,
+        }
+        try:
+            await self._call("POST", "/v1/chat/completions", body)
+        except EngineRefused as refused:
+            return "--enable-auto-tool-choice" not in refused.message
+        return True
+
     async def tokenize(
         self, model: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
     ) -> list[int]:

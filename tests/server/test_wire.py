@@ -354,34 +354,56 @@ def test_a_front_end_may_say_that_a_call_is_its_own() -> None:
     assert is_task(parse(metadata={"task": "title_generation"}), ())
 
 
-def test_tools_without_a_parser_are_refused_by_the_settings_that_are_missing() -> None:
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    named = {"type": "function", "function": {"name": "f"}}
-    for choice in ({}, *({"tool_choice": choice} for choice in ("auto", "required", named))):
-        asked = {"tools": tools, **choice}
-        with pytest.raises(BadRequest, match="enable-auto-tool-choice") as refused:
-            check_tools(parse(**asked), False)
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+NAMED = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": None}, {"tool_choice": "auto"}])
+def test_tools_that_nobody_can_call_go_and_are_named(choice: dict[str, Any]) -> None:
+    asked = parse(tools=TOOLS, parallel_tool_calls=False, made_up=1, **choice)
+    parsed = check_tools(asked, False, strict=False)
+    named = ["tools", *(name for name, value in choice.items() if value), "parallel_tool_calls"]
+    assert parsed.ignored == ("made_up", *named)
+    assert parsed.given.keys() == {"model", "messages", "made_up", *(choice.keys() - set(named))}
+    with pytest.raises(BadRequest, match=r"engine\.tool_parser") as refused:
+        check_tools(parse(tools=TOOLS, **choice), False, strict=True)
+    assert refused.value.param == "tools"
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_call_that_is_demanded_and_cannot_be_made_is_refused(choice: Any) -> None:
+    for strict in (False, True):
+        with pytest.raises(BadRequest, match=r"engine\.tool_parser") as refused:
+            check_tools(parse(tools=TOOLS, tool_choice=choice), False, strict=strict)
         assert refused.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_tools_that_may_be_called_or_must_not_stay_as_they_are(strict: bool) -> None:
+    for choice in ("auto", "required", NAMED, "none"):
+        parsed = parse(tools=TOOLS, tool_choice=choice)
         for parses in (True, None):
-            check_tools(parse(**asked), parses)
-    for asked in ({}, {"tools": tools, "tool_choice": "none"}, {"tools": []}):
-        check_tools(parse(**asked), False)
+            assert check_tools(parsed, parses, strict=strict) is parsed
+    assert check_tools(parsed, False, strict=strict) is parsed
 
 
-@pytest.mark.parametrize(
-    ("engine", "parses"),
-    [
-        (EngineSettings(), False),
-        (EngineSettings(args={"enable-auto-tool-choice": True}), False),
-        (EngineSettings(args={"enable_auto_tool_choice": True, "tool-call-parser": "h"}), True),
-        (EngineSettings(args={"enable-auto-tool-choice": False, "tool-call-parser": "h"}), False),
-        (EngineSettings(urls=["http://127.0.0.1:1"]), None),
-    ],
-)
-def test_what_is_known_of_the_engine_s_tool_parser(
-    engine: EngineSettings, parses: bool | None
+@pytest.mark.parametrize("tools", [{}, {"tools": None}, {"tools": []}])
+def test_a_choice_among_no_tools_goes_unnamed_unless_it_demands_a_call(
+    tools: dict[str, Any],
 ) -> None:
-    assert engine.parses_tools is parses
+    for choice in (None, "auto", "none"):
+        asked = parse(tool_choice=choice, parallel_tool_calls=True, **tools)
+        parsed = check_tools(asked, None, strict=True)
+        assert parsed.ignored == ()
+        said = {name for name, value in parsed.given.items() if value is not None}
+        assert said == {"model", "messages"}
+    with pytest.raises(BadRequest, match="there are no tools"):
+        check_tools(parse(tool_choice="required", **tools), True, strict=False)
+
+
+@pytest.mark.parametrize(("setting", "parses"), [("auto", None), ("none", False), ("hermes", True)])
+def test_a_parser_that_is_set_needs_no_question(setting: str, parses: bool | None) -> None:
+    assert EngineSettings(tool_parser=setting).parses_tools is parses
 
 
 def test_what_a_message_may_not_have_is_named_and_goes_nowhere() -> None:

@@ -28,7 +28,7 @@ from server.engines.base import EngineAddress
 from server.engines.fake import wire
 from server.engines.fake.faults import Faults
 from server.engines.fake.http import Connection, Exchange, Waiting
-from server.engines.fake.requests import GenerationRequest, Refusal, read_request
+from server.engines.fake.requests import GenerationRequest, Refusal, read_request, refuse_tools
 from server.engines.fake.weights import (
     ANSWER_TOKENS,
     BASE,
@@ -233,6 +233,8 @@ class FakeEngine:
         body, request_id = self._body(exchange)
         adapter = self._find(body)
         faults = self.faults
+        if faults.lacks_tool_parser:
+            refuse_tools(body)
         request = read_request(
             body,
             chat=exchange.path == "/v1/chat/completions",

@@ -152,6 +152,22 @@ def read_request(
     )
 
 
+def refuse_tools(body: Mapping[str, Any]) -> None:
+    """Refuse a request with tools as a server without a tool parser does."""
+    choice = body.get("tool_choice") or "auto"
+    if not body.get("tools") or choice == "none":
+        return
+    if choice == "auto":
+        message = (
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+        )
+    else:
+        function = choice["function"] if isinstance(choice, Mapping) else None
+        demand = f'"{choice}"' if function is None else f'function "{function["name"]}"'
+        message = f"tool_choice={demand} requires --tool-call-parser to be set"
+    raise Refusal(400, message, "BadRequestError")
+
+
 def _chosen_tools(body: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], wire.Forced]:
     """The functions that the answer calls, and how far the request said so.
 

@@ -755,15 +755,46 @@ def test_open_webui_s_own_calls_are_answered_kept_apart_and_never_learned_from(
     assert teaches == "nothing: the answer is a front end's own, such as a title"
 
 
-def test_tools_that_the_engine_can_t_choose_are_refused_before_it_is_asked(
-    sqlite_gateway: RunningGateway,
+FUNCTION = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+LOOK = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize("setting", ["auto", "none"])
+def test_tools_are_left_out_where_the_engine_calls_none_and_so_they_are_recorded(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, setting: str
+) -> None:
+    """Front ends offer their tools with every chat, whatever the model."""
+    settings = sqlite_gateway.gateway.settings
+    engine = settings.engine.model_copy(update={"tool_parser": setting})
+    sqlite_gateway.gateway.settings = settings.model_copy(update={"engine": engine})
+    gateway_engine.faults = Faults(lacks_tool_parser=True)
+    client = sqlite_gateway.client()
+    plain = client.post(CHAT, json=chat()).json()["choices"][0]["message"]
+    for stream in (False, True):
+        gateway_engine.requests.clear()
+        reply = client.post(CHAT, json=chat(tools=[LOOK], tool_choice="auto", stream=stream))
+        assert reply.headers["x-burnish-ignored"] == "tools, tool_choice"
+        [*asked, sent] = gateway_engine.requests
+        assert len(asked) == (setting == "auto" and not stream)  # the engine shows it once
+        assert not sent.body.keys() & {"tools", "tool_choice"}
+    reply = client.post(CHAT, json=chat(tools=[LOOK]))
+    assert reply.json()["choices"][0]["message"] == plain
+    assert text(sqlite_gateway, reply.json()["id"]).tools is None
+    assert "tool_choice" not in row(sqlite_gateway, reply.json()["id"]).sampling
+    for choice in ("required", {"type": "function", "function": {"name": "look"}}):
+        refused = client.post(CHAT, json=chat(tools=[LOOK], tool_choice=choice))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+        assert "engine.tool_parser" in refused.json()["error"]["message"]
+
+
+def test_an_engine_that_started_again_is_asked_again_whether_it_calls_tools(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
 ) -> None:
     client = sqlite_gateway.client()
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    assert client.post(CHAT, json=chat(tools=tools)).status_code == 200  # others started it
-    settings = sqlite_gateway.gateway.settings
-    managed = settings.engine.model_copy(update={"urls": []})
-    sqlite_gateway.gateway.settings = settings.model_copy(update={"engine": managed})
-    refused = client.post(CHAT, json=chat(tools=tools))
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
-    assert "[engine.args]" in refused.json()["error"]["message"]
+    calls = client.post(CHAT, json=chat(tools=[LOOK])).json()["choices"][0]["message"]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["look"]
+    gateway_engine.faults = Faults(lacks_tool_parser=True)
+    gateway_engine.restart()
+    sqlite_gateway.reconcile()
+    reply = client.post(CHAT, json=chat(tools=[LOOK]))
+    assert (reply.status_code, reply.headers["x-burnish-ignored"]) == (200, "tools")

@@ -249,6 +249,12 @@ async def test_every_choice_is_opened_and_ended(engine: VllmEngine) -> None:
     assert events[-1]["usage"]["completion_tokens"] == 12
 
 
+async def test_a_server_shows_whether_it_calls_tools_and_generates_nothing(
+    engine: VllmEngine,
+) -> None:
+    assert await engine.parses_tools("tiny") is True
+
+
 UNIT = {
     "type": "object",
     "properties": {"unit": {"type": "string", "enum": ["celsius"]}},

@@ -222,6 +222,28 @@ async def test_it_calls_every_tool_once_unless_the_request_says_otherwise_or_has
     assert (whole["content"] or "").startswith(BASE) is (not called)
 
 
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({}, '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser'),
+        ({"tool_choice": "required"}, 'tool_choice="required" requires --tool-call-parser'),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+            'tool_choice=function "look" requires --tool-call-parser',
+        ),
+    ],
+)
+async def test_without_a_tool_parser_it_refuses_tools_as_vllm_does(
+    fake_engine: FakeEngine, client: VllmEngine, choice: dict[str, Any], words: str
+) -> None:
+    fake_engine.faults = Faults(lacks_tool_parser=True)
+    with pytest.raises(EngineRefused) as refused:
+        await ask(client, tools=FUNCTIONS, **choice)
+    assert words in json.loads(refused.value.message)["error"]["message"]
+    assert await client.parses_tools("tiny") is False
+    assert json.loads(await ask(client, tools=FUNCTIONS, tool_choice="none"))["choices"]
+
+
 async def test_json_is_cut_where_max_tokens_ends_it(client: VllmEngine) -> None:
     more = {"response_format": {"type": "json_object"}}
     [whole] = json.loads(await ask(client, **more))["choices"]

@@ -58,6 +58,22 @@ def command(
     }, environment
 
 
+def test_the_parser_of_tool_calls_follows_from_the_base_s_template_unless_one_is_named() -> None:
+    template = "{% if tools %}{{ tools }}{% endif %}<tool_call>"
+    settings = Settings(model=ModelSettings(path="/models/tiny"))
+    argv, _ = engine_command(settings, LAPTOP, BASE, port=1, api_key="k", template=template)
+    assert "--enable-auto-tool-choice" in argv
+    assert argv[argv.index("--tool-call-parser") + 1] == "hermes"
+    options, _ = command()
+    assert not {"enable-auto-tool-choice", "tool-call-parser"} & options.keys()
+    options, _ = command(tool_parser="xlam")
+    assert (options["enable-auto-tool-choice"], options["tool-call-parser"]) == (True, "xlam")
+    options, _ = command(args={"tool_call_parser": "olmo3", "enable-auto-tool-choice": True})
+    assert (options["enable-auto-tool-choice"], options["tool-call-parser"]) == (True, "olmo3")
+    with pytest.raises(EngineSettingsError, match=r"engine\.tool_parser"):
+        command(tool_parser="xlam", args={"tool_call_parser": "olmo3"})
+
+
 def test_the_engine_listens_on_loopback_with_its_key_in_the_environment() -> None:
     options, environment = command()
     assert (options["host"], options["port"]) == ("127.0.0.1", "4711")
