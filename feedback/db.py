@@ -32,6 +32,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Session
 
+from feedback.canonical import canonical_json as canonical_json
+
 KEPT_SECONDS = 1.0  #: an idle connection to PostgreSQL is looked at after that before it is used
 
 MINIMUM_SQLITE = (3, 51, 3)
@@ -40,9 +42,6 @@ MINIMUM_SQLITE = (3, 51, 3)
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _CROCKFORD_PAIRS = [high + low for high in _CROCKFORD for low in _CROCKFORD]
 _chance: list[bytes] = []  #: each is used once; a list's pop is one step for all threads
-_CANONICAL = json.JSONEncoder(
-    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-)
 
 
 class DatabaseUnfit(Exception):
@@ -97,11 +96,6 @@ class CanonicalJson(TypeDecorator[Any]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         return None if value is None else json.loads(value)
-
-
-def canonical_json(value: Any) -> str:
-    """`value` as JSON with sorted keys and no spaces; NaN and infinities raise ValueError."""
-    return _CANONICAL.encode(value)
 
 
 def now() -> datetime:

@@ -25,6 +25,7 @@ from server.auth import Caller, KeyView, check_scope, end_user_of
 from server.engines.base import EngineAddress
 from server.engines.fleet import Fleet, managed_address
 from server.engines.vllm import VllmEngine
+from server.intake import Intake
 from server.limits import LimitBook, Limits
 from server.metrics import Figures
 from server.presence import present
@@ -57,6 +58,7 @@ class Gateway:
     store: AdapterStore
     limits: LimitBook
     figures: Figures = field(default_factory=Figures)
+    intake: Intake = field(default_factory=Intake)
     id: str = field(default_factory=lambda: new_id("gw_"))
     tracer: Tracer | None = None  #: None: tracing is off
     stopping: bool = False

@@ -186,6 +186,18 @@ class GatewaySettings(Section):
     max_upload_bytes: int = Field(
         default=512 * 1024 * 1024, ge=1024, lt=2**31, description="Largest file of `/v1/files`."
     )
+    max_stored_uploads: int | None = Field(
+        default=1000, ge=1, description="Uploads that one user may keep."
+    )
+    max_stored_upload_bytes: int | None = Field(
+        default=8 * 1024**3, ge=1024, description="What the uploads of one user may come to."
+    )
+    upload_memory_bytes: int = Field(
+        default=1024**3, ge=512 * 1024**2, description="Memory that reading one upload may take."
+    )
+    upload_timeout_seconds: int = Field(
+        default=300, ge=1, description="Then reading an upload ends, by the clock or processor."
+    )
     max_choices: int = Field(default=8, ge=1, description="Largest `n` of a chat request.")
     strict: bool = Field(
         default=False, description="Refuse fields that would be ignored, instead of naming them."

@@ -1,5 +1,7 @@
 """Formats in which people hold training data, read into the rows that the tuner trains on.
 
-`containers` knows JSON Lines, a JSON array, CSV and parquet; `shapes` knows what one record of
-OpenAI's, TRL's, alpaca's and ShareGPT's form teaches.
+`containers` tells how records lie in a file; `json_text`, `csv_text` and `parquet` read them.
+`shapes` tells which form a record has, `messages` and `sharegpt` read its parts, and `rows` makes
+the training rows of a whole file. `python -m feedback.formats` does that in a child process
+(`__main__.py`), so nothing here imports the database.
 """

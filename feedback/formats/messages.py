@@ -7,7 +7,6 @@ key that the caller knows. Does not own: what a record teaches (`shapes.py`).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
@@ -15,13 +14,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-MAX_DEPTH = 64
+from feedback.formats.json_text import MAX_DEPTH, parse_json
 
 Message = dict[str, Any]
 Record = Mapping[str, Any]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
+_ADVICE = {
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "reasoning is not trained on: leave it out, or write it into 'content' as the model does "
+        "(<think>…</think>)",
+    ),
+    "function_call": "write calls as 'tool_calls'",
+    "weights": "the key is 'weight', 0 or 1",
+}
+_WRITTEN_TURNS = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
+_SPEAKER = re.compile(r"\s*(?:human|user)[ \t]*:", re.IGNORECASE)
+_REPLY = re.compile(r"^[ \t]*(?:assistant|ai|bot|gpt)[ \t]*:", re.IGNORECASE | re.MULTILINE)
+_RENDERED = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*"
+    r"(?:<\|(?:im_start|start_header_id|system|user)\|>|\[INST\]|<start_of_turn>)"
+)
 
 
 def find_unstorable(value: Any) -> str | None:
@@ -52,11 +67,29 @@ def find_unstorable(value: Any) -> str | None:
     return None
 
 
+def read_list(given: Any, where: str, of: str) -> list[Any]:
+    """A list with something in it, which a table holds as JSON text; `of` says what it lists."""
+    found, why = given, ""
+    if isinstance(given, str):
+        try:
+            found = parse_json(given)
+        except ValueError as error:
+            why = f", a text that is {_describe_text(given, error)}"
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{where!r} is {show(given)}{why}; expected a list of {of}")
+    return found
+
+
+def _describe_text(text: str, error: ValueError) -> str:
+    turns = _WRITTEN_TURNS.match(text)
+    if turns is not None and turns[1] == "'":
+        return "Python's way of writing a list and no JSON (write it with json.dumps)"
+    return f"no JSON ({error})"
+
+
 def read_messages(given: Any, where: str) -> list[Message]:
-    """A list of messages, at least one."""
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{where!r} is {show(given)}; expected a list of messages")
-    return [read_message(message, where) for message in given]
+    """A list of messages, at least one; perhaps as JSON text."""
+    return [read_message(message, where) for message in read_list(given, where, "messages")]
 
 
 def read_message(given: Any, where: str) -> Message:
@@ -70,16 +103,14 @@ def read_message(given: Any, where: str) -> Message:
     message = {key: value for key, value in given.items() if value not in (None, [])}
     unknown = sorted(str(key) for key in message.keys() - {*_KEPT, "weight"})
     if unknown:
-        raise ValueError(
-            f"{where!r} has a message with the key {unknown[0][:100]!r}; expected "
-            f"{', '.join(_KEPT)}, weight"
-        )
+        advice = _ADVICE.get(unknown[0], f"expected {', '.join(_KEPT)}, weight")
+        raise ValueError(f"{where!r} has a message with the key {unknown[0][:100]!r}; {advice}")
     for key in ("name", "tool_call_id"):
         if key in message:
             read_text(message[key], f"{where}.{key}")
     calls = message.get("tool_calls")
     if calls is not None:
-        _check_tool_calls(calls, message["role"], where)
+        message["tool_calls"] = calls = _read_tool_calls(calls, message["role"], where)
     if message.get("weight", 1) not in (0, 1) or isinstance(message.get("weight"), bool):
         raise ValueError(f"{where!r} has a message of weight {show(given['weight'])}; 0 or 1")
     content = given.get("content")
@@ -103,25 +134,53 @@ def _content(content: Any, where: str) -> str:
     return "\n".join(str(text) for text in texts)
 
 
-def _check_tool_calls(calls: Any, role: str, where: str) -> None:
+def _read_tool_calls(calls: Any, role: str, where: str) -> list[Any]:
+    """The calls as they were sent; arguments that are left out are none, as in serving."""
     if role != "assistant" or not isinstance(calls, list) or not calls:
         raise ValueError(f"{where!r} has 'tool_calls' that are no list, or not the assistant's")
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not isinstance(function, dict):
-            raise ValueError(f"{where!r} has the tool call {show(call)} without a function's name")
-        if not isinstance(function.get("arguments"), str | dict):
-            raise ValueError(f"{where!r} has a tool call whose 'arguments' are no JSON text")
+    return [_read_tool_call(call, where) for call in calls]
+
+
+def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name or not isinstance(function, dict):
+        raise ValueError(f"{where!r} has the tool call {show(call)} without a function's name")
+    arguments = function.get("arguments")
+    if arguments in (None, ""):
+        return {**call, "function": {**function, "arguments": "{}"}}
+    read, why = arguments, ""
+    if isinstance(arguments, str):
+        try:
+            read = parse_json(arguments)
+        except ValueError as error:
+            why = f" ({error})"
+    if not isinstance(read, dict):
+        raise ValueError(
+            f"{where!r} has a call of {name[:100]!r} whose 'arguments' are {show(arguments)}{why}; "
+            "expected a JSON object"
+        )
+    return dict(call)
 
 
 def read_turns(given: Any, where: str, role: str) -> list[Message]:
-    """Messages; a plain text is one message of `role`."""
-    if not isinstance(given, str):
+    """Messages, perhaps as JSON text; a plain text is one message of `role`."""
+    if not isinstance(given, str) or _WRITTEN_TURNS.match(given):
         return read_messages(given, where)
     if not given.strip():
         raise ValueError(f"{where!r} is empty")
+    if role == "user" and (found := find_dialogue(given)) is not None:
+        raise ValueError(f"{where!r} is {found}; expected one turn, or a list of messages")
     return [{"role": role, "content": given}]
+
+
+def find_dialogue(text: str) -> str | None:
+    """What a text is that holds several turns; None for one turn."""
+    if _SPEAKER.match(text) and _REPLY.search(text):
+        return 'a whole dialogue as one text ("Human: … Assistant: …")'
+    if _RENDERED.match(text):
+        return "a text in which a chat template has marked the turns"
+    return None
 
 
 def split_answer(given: Any, where: str) -> tuple[Message, list[Message]]:
@@ -137,6 +196,7 @@ def read_one_answer(messages: Sequence[Message], where: str) -> Message:
         roles = [message["role"] for message in messages[:10]]
         raise ValueError(f"{where!r} must be one assistant message, found {roles}")
     check_answer(messages[0], where)
+    check_taught(messages[0], where)
     return messages[0]
 
 
@@ -157,6 +217,12 @@ def check_answer(message: Message, where: str) -> None:
         raise ValueError(f"{where!r}: the answer is empty")
 
 
+def check_taught(message: Message, where: str) -> None:
+    """The only answer of a row is not weighted 0."""
+    if not message.get("weight", 1):
+        raise ValueError(f"{where!r}: the answer has the weight 0, so nothing is taught")
+
+
 def strip_weights(messages: Sequence[Message]) -> list[Message]:
     """The messages with what is rendered alone."""
     return [{key: message[key] for key in _KEPT if key in message} for message in messages]
@@ -169,19 +235,49 @@ def read_text(given: Any, where: str) -> str:
     return given
 
 
+def add_system(record: Record, turns: Sequence[Message]) -> list[Message]:
+    """The turns behind the record's own `system`, where it has one. Raises ValueError where both
+    have a system prompt and they differ.
+    """
+    given = record.get("system")
+    text = "" if given is None else read_text(given, "system")
+    if not text.strip():
+        return list(turns)
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if turns[0]["content"] == text:
+            return list(turns)
+        raise ValueError("'system' is not the system message that the turns begin with")
+    return [{"role": "system", "content": text}, *turns]
+
+
 def read_tools(record: Record) -> list[Any] | None:
-    """The functions that were offered, as a list or (some data sets) as JSON text."""
+    """The functions that were offered, in OpenAI's form, from a list or (some data sets) JSON text.
+
+    Raises ValueError for what is none.
+    """
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools or "null")
-        except (ValueError, RecursionError):
-            raise ValueError("'tools' is a text that is no JSON") from None
+            tools = parse_json(tools) if tools.strip() else None
+        except ValueError as error:
+            raise ValueError(f"'tools' is a text that is no JSON ({error})") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"'tools' is {show(tools)}; expected a list of objects")
-    return tools
+    return [_read_tool(tool) for tool in tools]
+
+
+def _read_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    if isinstance(function, dict) and isinstance(function.get("name"), str):
+        return tool
+    if function is None and isinstance(tool.get("name"), str):  # without its wrapping
+        return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    raise ValueError(
+        f"'tools' holds {show(tool)}; expected "
+        '{"type": "function", "function": {"name": …, "parameters": …}}'
+    )
 
 
 def read_weight(record: Record) -> float:

@@ -3,24 +3,30 @@
 Owns: how a form is told by its keys, and the training rows of a record: TRL's conversational
 dialect, `prompt` with `completion`, or `chosen` and `rejected`, or `completion` and `label`. Does
 not own: how records lie in a file (`containers.py`). Keys of a record that its form does not know
-are passed over, since data sets carry scores and sources; in a message they are refused.
+are passed over, since data sets carry scores and sources; in a message they are refused. A record
+that fits two forms is read as the one that says what the other says and more, or refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
-from feedback.curation.examples import ExampleKind
-from feedback.db import canonical_json
+from feedback.canonical import canonical_json
+from feedback.formats.json_text import describe_rows_below
 from feedback.formats.messages import (
     Message,
+    add_system,
     check_answer,
+    check_taught,
+    find_dialogue,
     find_unstorable,
     read_answer,
-    read_message,
+    read_list,
     read_messages,
     read_one_answer,
     read_text,
@@ -31,20 +37,17 @@ from feedback.formats.messages import (
     split_answer,
     strip_weights,
 )
+from feedback.formats.sharegpt import read_conversation, read_turn
 
 Record = Mapping[str, Any]
 Row = dict[str, Any]
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-_LABELS = {"true": True, "1": True, "false": False, "0": False}  #: as CSV writes them
+Kind = Literal["supervised", "preference", "labelled"]
+
+_COMPARED_ROWS = 64  #: of one record, where two forms fit it
+
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""As tables write them, whatever their case."""
 
 
 class Format(StrEnum):
@@ -74,7 +77,6 @@ class Shape(StrEnum):
 
 
 _KEYS: Mapping[Shape, tuple[str, ...]] = {
-    # Of shapes that share keys, the one with more of them stands first.
     Shape.OPENAI_PREFERENCE: ("input", "preferred_output", "non_preferred_output"),
     Shape.LABELLED_CHAT: ("messages", "label"),
     Shape.CHAT: ("messages",),
@@ -108,18 +110,83 @@ _SHAPES_OF: Mapping[Format, tuple[Shape, ...]] = {
 }
 
 
+_SHARED = frozenset({"system", "tools", "weight"})  # of use in every form
+_USED_BESIDE: Mapping[Shape, frozenset[str]] = {
+    Shape.OPENAI_PREFERENCE: frozenset({"weight"}),
+    Shape.PREFERENCE: _SHARED | {"prompt"},
+    **dict.fromkeys(
+        (Shape.ALPACA, Shape.ALPACA_LABELLED, Shape.ALPACA_PREFERENCE),
+        _SHARED | {"input", "history"},
+    ),
+}
+
+
 def detect_shape(record: Record, format: Format | None) -> Shape:
     """The form of a record by its keys, among those of `format` (None: all).
 
-    Raises ValueError.
+    Raises ValueError for no form, and for two that say different things.
     """
     shapes = tuple(_KEYS) if format is None else _SHAPES_OF[format]
-    for shape in shapes:
-        if all(record.get(key) is not None for key in _KEYS[shape]):
-            return shape
+    fitting = [s for s in shapes if all(record.get(key) is not None for key in _KEYS[s])]
+    # One whose keys are among another's says less.
+    largest = [s for s in fitting if not any(set(_KEYS[s]) < set(_KEYS[t]) for t in fitting)]
+    if len(largest) == 1:
+        return largest[0]
+    if largest:
+        return _choose(largest, record)
     found = ", ".join(repr(str(key)[:40]) for key in list(record)[:10]) or "none"
     known = "; ".join(shape.value for shape in shapes)
-    raise ValueError(f"its keys are {found}; expected those of {known}")
+    below = next((key for key, value in record.items() if _are_rows(value)), None)
+    way = "" if below is None else f" ({describe_rows_below(str(below))})"
+    raise ValueError(f"its keys are {found}{way}; expected those of {known}")
+
+
+def find_unused(shape: Shape, columns: Mapping[str, str]) -> str | None:
+    """A key that was mapped to a column and says nothing in a form; None where all do."""
+    used = _USED_BESIDE.get(shape, _SHARED).union(_KEYS[shape])
+    return next((key for key in columns if key not in used), None)
+
+
+def _are_rows(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(item, dict)
+            and any(all(key in item for key in keys) for keys in _KEYS.values())
+            for item in value[:3]
+        )
+    )
+
+
+def _choose(shapes: Sequence[Shape], record: Record) -> Shape:
+    """Of several forms that a record fits, the one whose rows say what all others say."""
+    filled = [s for s in shapes if all(record[key] not in ("", [], {}) for key in _KEYS[s])]
+    if len(filled) == 1:
+        return filled[0]
+    candidates = filled or shapes
+    with suppress(ValueError):  # one that can't be read says something else, too
+        rows = {s: list(islice(build_rows(s, record), _COMPARED_ROWS)) for s in candidates}
+        for shape, own in rows.items():
+            if all(_says(own, row) for other in rows.values() if other is not own for row in other):
+                return shape
+    names = " and ".join(shape.value for shape in candidates)
+    raise ValueError(
+        f"it fits {names}, which say different things; name the keys that count with 'columns', "
+        "or the form with 'format'"
+    )
+
+
+def _says(own: Sequence[Row], other: Row) -> bool:
+    """Whether the rows of one reading hold what a row of another reading teaches."""
+    if any(row["id"] == other["id"] for row in own):
+        return True
+    # The better answer of a pair, and the turns before it.
+    said = [*other["prompt"], *other.get("completion", ())]
+    return other["kind"] == "supervised" and any(
+        row["kind"] == "preference" and [*row["prompt"], *row["chosen"]][: len(said)] == said
+        for row in own
+    )
 
 
 def build_rows(shape: Shape, record: Record) -> Iterator[Row]:
@@ -132,12 +199,12 @@ def build_rows(shape: Shape, record: Record) -> Iterator[Row]:
 
 def _chat(record: Record) -> Iterator[Row]:
     """OpenAI's chat teaches every assistant turn that isn't weighted 0."""
-    messages = read_messages(record["messages"], "messages")
+    messages = add_system(record, read_messages(record["messages"], "messages"))
     yield from _teach_turns(messages, read_tools(record), read_weight(record))
 
 
 def _labelled_chat(record: Record) -> Iterator[Row]:
-    messages = read_messages(record["messages"], "messages")
+    messages = add_system(record, read_messages(record["messages"], "messages"))
     yield _label_last(messages, record)
 
 
@@ -161,13 +228,13 @@ def _completion(record: Record) -> Iterator[Row]:
     completion = read_one_answer(
         read_turns(record["completion"], "completion", "assistant"), "completion"
     )
-    prompt = read_turns(record["prompt"], "prompt", "user")
-    taught = {"prompt": strip_weights(prompt), "completion": [completion]}
-    yield _row(ExampleKind.SUPERVISED, taught, read_tools(record), read_weight(record))
+    prompt = add_system(record, read_turns(record["prompt"], "prompt", "user"))
+    taught = {"prompt": strip_weights(prompt), "completion": strip_weights([completion])}
+    yield _row("supervised", taught, read_tools(record), read_weight(record))
 
 
 def _labelled(record: Record) -> Iterator[Row]:
-    prompt = read_turns(record["prompt"], "prompt", "user")
+    prompt = add_system(record, read_turns(record["prompt"], "prompt", "user"))
     completion = read_turns(record["completion"], "completion", "assistant")
     yield _label_last([*prompt, read_one_answer(completion, "completion")], record)
 
@@ -181,19 +248,27 @@ def _preference(record: Record) -> Iterator[Row]:
     given = record.get("prompt")
     prompt = before if given is None else read_turns(given, "prompt", "user")
     if not prompt:
-        raise ValueError("there is no 'prompt', and 'chosen' begins with none")
+        reason = "there is no 'prompt', and 'chosen' begins with none"
+        if (found := find_dialogue(chosen["content"])) is not None:
+            reason += (
+                f": it is {found}. Split off the prompt: all turns but the last into 'prompt', as "
+                "a list of messages, and the last ones into 'chosen' and 'rejected'"
+            )
+        raise ValueError(reason)
     if before and prompt != before:
         # A text beside whole conversations is the question that they were collected for.
         if not isinstance(given, str) or given not in [turn["content"] for turn in before]:
             raise ValueError("'prompt' is not what 'chosen' and 'rejected' begin with")
         prompt = before
-    yield _pair(prompt, chosen, rejected, read_tools(record), read_weight(record))
+    yield _pair(
+        add_system(record, prompt), chosen, rejected, read_tools(record), read_weight(record)
+    )
 
 
 def _alpaca(record: Record) -> Iterator[Row]:
     prompt, answer = _alpaca_prompt(record), read_answer(record["output"], "output")
     taught = {"prompt": prompt, "completion": [answer]}
-    yield _row(ExampleKind.SUPERVISED, taught, None, read_weight(record))
+    yield _row("supervised", taught, read_tools(record), read_weight(record))
 
 
 def _alpaca_labelled(record: Record) -> Iterator[Row]:
@@ -202,15 +277,16 @@ def _alpaca_labelled(record: Record) -> Iterator[Row]:
 
 def _alpaca_preference(record: Record) -> Iterator[Row]:
     sides = [read_answer(record[name], name) for name in ("chosen", "rejected")]
-    yield _pair(_alpaca_prompt(record), sides[0], sides[1], None, read_weight(record))
+    tools, weight = read_tools(record), read_weight(record)
+    yield _pair(_alpaca_prompt(record), sides[0], sides[1], tools, weight)
 
 
 def _alpaca_prompt(record: Record) -> list[Message]:
     """System, earlier turns (`history`: pairs of texts), and the instruction with its input."""
     turns: list[Message] = []
-    if record.get("system"):
-        turns.append({"role": "system", "content": read_text(record["system"], "system")})
     history = record.get("history") or []
+    if isinstance(history, str):
+        history = read_list(history, "history", "pairs") if history.strip(" []") else []
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
@@ -225,48 +301,27 @@ def _alpaca_prompt(record: Record) -> list[Message]:
     content = "\n".join(part for part in parts if part.strip())
     if not content:
         raise ValueError("'instruction' and 'input' are empty")
-    return [*turns, {"role": "user", "content": content}]
+    return add_system(record, [*turns, {"role": "user", "content": content}])
 
 
 def _sharegpt(record: Record) -> Iterator[Row]:
-    yield from _teach_turns(_sharegpt_turns(record), read_tools(record), read_weight(record))
+    yield from _teach_turns(read_conversation(record), read_tools(record), read_weight(record))
 
 
 def _sharegpt_labelled(record: Record) -> Iterator[Row]:
-    yield _label_last(_sharegpt_turns(record), record)
+    yield _label_last(read_conversation(record), record)
 
 
 def _sharegpt_preference(record: Record) -> Iterator[Row]:
-    sides = [_sharegpt_turn(record[name], name) for name in ("chosen", "rejected")]
-    for name, turn in zip(("chosen", "rejected"), sides, strict=True):
-        check_answer(turn, name)
-    yield _pair(
-        _sharegpt_turns(record), sides[0], sides[1], read_tools(record), read_weight(record)
-    )
+    sides = [_sharegpt_answer(record[name], name) for name in ("chosen", "rejected")]
+    tools, weight = read_tools(record), read_weight(record)
+    yield _pair(read_conversation(record), sides[0], sides[1], tools, weight)
 
 
-def _sharegpt_turns(record: Record) -> list[Message]:
-    given = record["conversations"]
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"'conversations' is {show(given)}; expected a list of turns")
-    turns = [_sharegpt_turn(turn, "conversations") for turn in given]
-    if record.get("system"):
-        turns.insert(0, {"role": "system", "content": read_text(record["system"], "system")})
-    return turns
-
-
-def _sharegpt_turn(turn: Any, where: str) -> Message:
-    if isinstance(turn, dict) and "role" in turn:  # OpenAI's turns under ShareGPT's key
-        return read_message(turn, where)
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise ValueError(f"{where!r} holds {show(turn)}; expected a turn with 'from' and 'value'")
-    role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-    if role is None:
-        raise ValueError(
-            f"{where!r} has a turn from {show(turn['from'])}; expected one of "
-            f"{', '.join(_SHAREGPT_ROLES)} (conversations with tools: in OpenAI's form)"
-        )
-    return {"role": role, "content": read_text(turn["value"], f"{where}.value")}
+def _sharegpt_answer(given: Any, name: str) -> Message:
+    message = read_answer(given, name) if isinstance(given, str) else read_turn(given, name)
+    check_answer(message, name)
+    return message
 
 
 def _teach_turns(
@@ -283,27 +338,30 @@ def _teach_turns(
     ]  # fmt: skip
     if not taught:
         raise ValueError("no assistant message of a weight above 0 follows a prompt")
+    plain = strip_weights(messages)
     for index in taught:
         check_answer(messages[index], "messages")
-        said = {
-            "prompt": strip_weights(messages[:index]),
-            "completion": strip_weights(messages[index : index + 1]),
-        }
-        yield _row(ExampleKind.SUPERVISED, said, tools, weight)
+        said = {"prompt": plain[:index], "completion": [plain[index]]}
+        yield _row("supervised", said, tools, weight)
 
 
 def _label_last(messages: Sequence[Message], record: Record) -> Row:
     """The last turn, good or bad."""
-    label = record["label"]
-    if isinstance(label, str):
-        label = _LABELS.get(label.strip().lower(), label)
-    if not isinstance(label, bool):
-        raise ValueError(f"'label' is {show(label)}; expected true or false")
+    label = _read_label(record["label"])
     if len(messages) < 2:
         raise ValueError("there is no message before the answer")
     check_answer(messages[-1], "the last message")
+    check_taught(messages[-1], "the last message")
     said = {"prompt": strip_weights(messages[:-1]), "completion": strip_weights(messages[-1:])}
-    return _row(ExampleKind.LABELLED, said, read_tools(record), read_weight(record), label=label)
+    return _row("labelled", said, read_tools(record), read_weight(record), label=label)
+
+
+def _read_label(given: Any) -> bool:
+    """True or false, also as the number or the text that a container makes of it."""
+    label = _LABELS.get(given.strip().lower(), given) if isinstance(given, str) else given
+    if not isinstance(label, bool | int | float) or label not in (0, 1):
+        raise ValueError(f"'label' is {show(given)}; expected true or false, or 1 or 0")
+    return bool(label)
 
 
 def _pair(
@@ -320,20 +378,22 @@ def _pair(
     }
     if said["chosen"] == said["rejected"]:
         raise ValueError("both answers are the same, so there is nothing to prefer")
-    return _row(ExampleKind.PREFERENCE, said, tools, weight)
+    return _row("preference", said, tools, weight)
 
 
-def _row(kind: ExampleKind, said: Row, tools: list[Any] | None, weight: float, **more: Any) -> Row:
+def _row(kind: Kind, said: Row, tools: list[Any] | None, weight: float, **more: Any) -> Row:
     """The row, under the id that an example of a data set that teaches the same has."""
     if not said["prompt"]:
         raise ValueError("there is no message before the answer")
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in said["prompt"]):
+        raise ValueError("all messages before the answer are empty")
     if tools:
         said["tools"] = tools
     said |= more
     if (reason := find_unstorable(said)) is not None:
         raise ValueError(reason)
     digest = hashlib.sha256(canonical_json([kind, said]).encode()).hexdigest()
-    return {"kind": kind.value, "id": f"ex_{digest[:32]}", **said, "weight": weight}
+    return {"kind": kind, "id": f"ex_{digest[:32]}", **said, "weight": weight}
 
 
 _BUILDERS: Mapping[Shape, Callable[[Record], Iterator[Row]]] = {

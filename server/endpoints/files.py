@@ -12,22 +12,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from sqlalchemy import or_, select, true
 from typing_extensions import TypedDict
 
 from feedback import uploads
 from feedback.errors import BadRequest, Conflict, NotFound
-from feedback.formats.containers import Limits
+from feedback.formats.records import Limits
+from feedback.formats.rows import FORMATS
+from feedback.reading import Abandoned, Effort
 from feedback.tables import Dataset, File
-from feedback.uploads import Incoming, Upload
+from feedback.uploads import Incoming, Quota, Upload
 from server.access import append_audit, get_file, sees_all_uploads
 from server.auth import Caller
 from server.endpoints.fields import Deleted, Page, page, unix
 from server.endpoints.multipart import Form, receive_form
 from server.gateway import Gateway
+from server.intake import READERS
 from server.sessions import CallerDep, GatewayDep, ReadSession
+from server.settings import GatewaySettings
+from server.wire import IGNORED_HEADER
 from tuner.tuning import find_job_on
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -35,10 +40,10 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 PURPOSE = "fine-tune"
 JSON_LINES = "application/jsonl"
 
-# One file at a time: checking takes seconds of this process, and the loop's own threads are for
-# work that chats wait for.
-_CHECKING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+# They wait for the children that read; the loop's own threads are for work that chats wait for.
+_READING = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="upload")
 _FIELDS = ("purpose", "format", "columns")
+_IGNORED = ("expires_after", "expires_after[anchor]", "expires_after[seconds]")
 _FORM_OVERHEAD_BYTES = 64 * 1024  # boundaries, headers and fields around the file
 _FORM = {
     "type": "object",
@@ -48,13 +53,15 @@ _FORM = {
         "purpose": {"type": "string", "enum": [PURPOSE]},
         "format": {
             "type": "string",
-            "enum": list(uploads.FORMATS),
+            "enum": list(FORMATS),
             "description": "Only needed where the content doesn't tell.",
         },
         "columns": {
             "type": "string",
             "description": "JSON object: our names of columns to the file's.",
         },
+        "expires_after[anchor]": {"type": "string", "description": "Ignored: files are kept."},
+        "expires_after[seconds]": {"type": "string", "description": "Ignored: files are kept."},
     },
 }
 
@@ -83,14 +90,22 @@ class FileObject(TypedDict):
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
     },
 )
-async def create_file(request: Request, caller: CallerDep, gateway: GatewayDep) -> FileObject:
+async def create_file(
+    request: Request, response: Response, caller: CallerDep, gateway: GatewayDep
+) -> FileObject:
     """Upload training data; a file that can't be trained on is refused line by line."""
-    settings = gateway.settings
-    most = settings.gateway.max_upload_bytes
-    with uploads.receiving(settings.data) as incoming:
-        form = await receive_form(request, incoming.original, most=most + _FORM_OVERHEAD_BYTES)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_CHECKING, _accept, gateway, caller, incoming, form)
+    settings, user = gateway.settings.gateway, caller.key.user
+    with gateway.intake.admit(user):
+        incoming = await asyncio.to_thread(_begin, gateway, user)
+        try:
+            most = settings.max_upload_bytes + _FORM_OVERHEAD_BYTES
+            form = await receive_form(request, incoming.original, most=most)
+            if ignored := _check_fields(form, settings):
+                response.headers[IGNORED_HEADER] = ignored
+            async with gateway.intake.turn(user):
+                return await _read(request, gateway, caller, incoming, form)
+        finally:
+            await asyncio.shield(asyncio.to_thread(incoming.discard))
 
 
 @router.get("")
@@ -178,31 +193,83 @@ def _find_content(data: Path, row: File) -> Path | None:
     return path if path.is_relative_to(root) and path.is_file() else None
 
 
-def _accept(gateway: Gateway, caller: Caller, incoming: Incoming, form: Form) -> FileObject:
-    """Check what arrived, keep it, and write its row."""
+def _begin(gateway: Gateway, user: str) -> Incoming:
+    """Room for a file, where the user may keep another."""
+    with gateway.database.read() as session:
+        uploads.check_quota(session, user, _quota(gateway))
+        uploads.remove_leftovers(session, gateway.settings.data)
+    return uploads.begin(gateway.settings.data)
+
+
+def _quota(gateway: Gateway) -> Quota:
+    settings = gateway.settings.gateway
+    return Quota(settings.max_stored_uploads, settings.max_stored_upload_bytes)
+
+
+def _check_fields(form: Form, settings: GatewaySettings) -> str | None:
+    """The field that is ignored, by its name. Raises BadRequest for what can't be meant."""
     purpose = form.fields.get("purpose")
     if purpose != PURPOSE:
         raise BadRequest(f"found purpose {purpose!r:.100}, expected {PURPOSE!r}", param="purpose")
-    unknown = next((name for name in form.fields if name not in _FIELDS), None)
+    unknown = next((name for name in form.fields if name not in (*_FIELDS, *_IGNORED)), None)
     if unknown is not None:
         raise BadRequest(
             f"unknown field {unknown[:100]!r}; expected file, {', '.join(_FIELDS)}",
             param=unknown[:100],
         )
-    data = gateway.settings.data
-    with gateway.database.read() as session:
-        uploads.remove_leftovers(session, data)
+    if not any(name in form.fields for name in _IGNORED):
+        return None
+    if settings.strict:
+        raise BadRequest(
+            "expires_after has no effect: a file is kept until it is deleted; this gateway is "
+            "strict",
+            param="expires_after",
+        )
+    return "expires_after"
+
+
+async def _read(
+    request: Request, gateway: Gateway, caller: Caller, incoming: Incoming, form: Form
+) -> FileObject:
+    """Have the file read; that ends when the client goes away."""
+    loop = asyncio.get_running_loop()
+    reading = loop.run_in_executor(_READING, _accept, gateway, caller, incoming, form)
+    leaving = asyncio.ensure_future(_wait_until_gone(request))
+    either: set[asyncio.Future[Any]] = {reading, leaving}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        if not reading.done():
+            incoming.reader.abandon()
+            await asyncio.wait({reading})
+    try:
+        return reading.result()
+    except Abandoned:
+        raise BadRequest("the connection ended before the reply") from None
+
+
+async def _wait_until_gone(request: Request) -> None:
+    """Return when the client has closed the connection; the body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _accept(gateway: Gateway, caller: Caller, incoming: Incoming, form: Form) -> FileObject:
+    """Check what arrived, keep it, and write its row."""
+    settings = gateway.settings.gateway
     upload = uploads.accept(
         incoming,
         filename=form.filename,
         format=form.fields.get("format"),
         columns=_columns(form.fields.get("columns")),
-        limits=Limits(bytes=gateway.settings.gateway.max_upload_bytes),
+        limits=Limits(bytes=settings.max_upload_bytes),
+        effort=Effort(settings.upload_memory_bytes, settings.upload_timeout_seconds),
     )
     try:
         return _record(gateway, caller, upload)
     except BaseException:
-        uploads.remove_content(data, upload.id)
+        uploads.remove_content(gateway.settings.data, upload.id)
         raise
 
 
@@ -217,6 +284,7 @@ def _columns(text: str | None) -> Any:
 
 def _record(gateway: Gateway, caller: Caller, upload: Upload) -> FileObject:
     with gateway.database.write() as session:
+        uploads.check_quota(session, caller.key.user, _quota(gateway), more=upload)
         row = uploads.create_file(session, upload, person_id=caller.person_id)
         append_audit(
             session,

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from feedback import uploads
 from feedback.db import Database
 from feedback.errors import BadRequest, Conflict
-from feedback.formats.containers import Limits
+from feedback.formats.records import Limits
+from feedback.formats.rows import UploadError, read_upload
 from feedback.tables import Dataset, DatasetStatus, File
-from feedback.uploads import UploadError, read_upload
 from tuner.training.data import read_rows
 
 DATA = Path(
@@ -214,7 +214,8 @@ def test_columns_are_mapped_and_the_others_passed_over() -> None:
         ("line 2", "there is no column 'answer'; found 'question', 'reply', 'label'")
     ]
     optional = {**columns, "tools": "functions"}
-    assert said(read(table, columns=optional)) == [SUPERVISED]
+    sometimes = lines(record, {**record, "functions": []})
+    assert said(read(sometimes, columns=optional)) == [SUPERVISED] * 2
 
 
 def test_a_parquet_file_holds_nested_turns_and_its_rows_are_numbered() -> None:
@@ -294,7 +295,7 @@ def test_a_broken_parquet_file_is_refused_and_a_missing_package_named(
         ({"conversations": [{"value": "Hi"}]}, "expected a turn with 'from' and 'value'"),
         (
             {"conversations": [{"from": "observation", "value": "{}"}, TURNS[1]]},
-            "a turn from 'observation'",
+            "the turn 'observation' without a 'function_call' before it",
         ),
         ({"prompt": "a\x00b", "completion": "A bird."}, "it has a NUL"),
         ({"prompt": "\ud800", "completion": "A bird."}, "half of a surrogate pair"),
@@ -464,11 +465,12 @@ def test_a_format_that_is_named_is_the_only_one_tried() -> None:
 
 
 def accept(data: Path, content: bytes, filename: str = "birds.jsonl") -> uploads.Upload:
-    with uploads.receiving(data) as incoming:
+    incoming = uploads.begin(data)
+    try:
         incoming.original.write_bytes(content)
-        return uploads.accept(
-            incoming, filename=filename, format=None, columns=None, limits=Limits()
-        )
+        return uploads.accept(incoming, filename=filename)
+    finally:
+        incoming.discard()
 
 
 def test_an_upload_is_kept_as_rows_that_the_trainer_reads(
