@@ -7,6 +7,7 @@ Does not own: what the gateway consists of (`gateway.py`).
 from __future__ import annotations
 
 import logging
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from feedback.db import Database
 from server import endpoints, request_ids
 from server.auth import check_routes
 from server.bounds import Bounds
+from server.encodings import Decoded, find_encoding
 from server.endpoints.chat import Completions
 from server.errors import add_error_handlers, describe_error
 from server.gateway import Gateway, build_gateway, running, sole_gateway
@@ -53,6 +55,7 @@ _EXPOSED = (
 """Headers that scripts of other origins may read."""
 
 _OTHER_FILES = 256  #: open files beside connections: the database, uploads, logs
+_SLASHES = re.compile("/{2,}")
 logger = logging.getLogger(__name__)
 
 
@@ -71,6 +74,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # the address it would give is not the one that was asked
         separate_input_output_schemas=False,
     )
     app.state.gateway = gateway
@@ -102,10 +106,28 @@ class Application(DescribedApi):
     completions: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = as_asked(scope)
+            encoding = find_encoding(scope)
+            if encoding is not None:
+                receive = Decoded(receive, encoding)
         if Completions.answers(scope):
             await self.completions(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+
+def as_asked(scope: Scope) -> Scope:
+    """The request that is meant: HEAD asks as GET does, and a slash too many means nothing.
+
+    The server leaves out the body of the reply to a HEAD by itself.
+    """
+    path = scope["path"]
+    if "//" in path or (path[-1:] == "/" and len(path) > 1):
+        scope = {**scope, "path": _SLASHES.sub("/", path).rstrip("/") or "/"}
+    if scope["method"] == "HEAD":
+        scope = {**scope, "method": "GET"}
+    return scope
 
 
 class IdentifyRequests:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -20,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from feedback.errors import AppError, BadRequest, Conflict, NotReady, RateLimited
+from server.elsewhere import find_advice
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,9 @@ _TYPES = {
     404: "invalid_request_error",
     405: "invalid_request_error",
     409: "conflict_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     431: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable",
@@ -47,6 +51,20 @@ class EngineFault(AppError):
         super().__init__(message, code=code)
         self.status = status
         self.type = _TYPES.get(status, "server_error")
+
+
+class UnsupportedEncoding(BadRequest):
+    """A body in an encoding, or in several, that is not undone here."""
+
+    status = 415
+
+    def __init__(self, found: str, accepted: Sequence[str]) -> None:
+        self.accepted = ", ".join(accepted)
+        super().__init__(
+            f"the body has the content-encoding {found[:80]!r}; send one of {self.accepted}, or "
+            "the body as it is",
+            code="unsupported_encoding",
+        )
 
 
 class NotLoaded(NotReady):
@@ -72,8 +90,27 @@ class IntegrityFault(AppError):
 def envelope(
     message: str, *, type: str, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """OpenAI's error object."""
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+    """OpenAI's error object; what it repeats of a caller's words is made `plain`."""
+    param = None if param is None else plain(param)
+    return {"error": {"message": plain(message), "type": type, "param": param, "code": code}}
+
+
+def plain(text: str) -> str:
+    r"""`text` with what steers a terminal or reorders what is read written out, such as `\x1b`.
+
+    Line ends and tabs stay.
+    """
+    return text if text.isprintable() else _STEERING.sub(_write_out, text)
+
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def _write_out(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
 
 def envelope_of(error: AppError) -> dict[str, dict[str, str | None]]:
@@ -84,6 +121,8 @@ def headers_of(error: AppError) -> dict[str, str]:
     """Headers that go with an error."""
     if isinstance(error, NotReady | RateLimited | StillRunning):
         return {"retry-after": str(error.retry_after_seconds)}
+    if isinstance(error, UnsupportedEncoding):
+        return {"accept-encoding": error.accepted}
     return {"www-authenticate": "Bearer"} if error.status == 401 else {}
 
 
@@ -141,10 +180,31 @@ def _list_methods(request: Request) -> list[str]:
 
     Starlette names the methods of one route.
     """
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
-    fits = (route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    fits = (route.path for route in _routes_of(request, request.url.path))
     template = next(fits, None)
-    return sorted({m for route in routes if route.path == template for m in route.methods or ()})
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = {m for route in routes if route.path == template for m in route.methods or ()}
+    return sorted({*found, "OPTIONS", *(("HEAD",) if "GET" in found else ())})
+
+
+def _routes_of(request: Request, path: str) -> Iterator[Route]:
+    """Routes that `path` fits, whatever their method."""
+    scope = {**request.scope, "path": path}
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+            yield route
+
+
+def _explain_missing(request: Request) -> str:
+    """Which path was asked for in vain, and what may have been meant."""
+    path = request.url.path
+    advice = find_advice(
+        path,
+        f"{request.url.scheme}://{request.url.netloc[:200]}",
+        lambda other: any(_routes_of(request, other)),
+    )
+    missing = f"no such path: {request.method} {path[:200]}"
+    return missing if advice is None else f"{missing}; {advice}"
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -166,14 +226,16 @@ def add_error_handlers(app: FastAPI) -> None:
         message = f"{param}: {first['msg']}" if param else str(first["msg"])
         return render(400, envelope(message, type="invalid_request_error", param=param))
 
-    async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"no such path: {request.method} {request.url.path}"
+            message = _explain_missing(request)
         headers = error.headers
         if error.status_code == 405:
             headers = {"allow": ", ".join(_list_methods(request))}
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         kind = _TYPES.get(error.status_code, "server_error")
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return render(error.status_code, envelope(message, type=kind, code=code), headers)

@@ -168,7 +168,7 @@ def _lines(gateway: Gateway) -> Iterator[str]:
         "burnish_adapter_slots",
         "gauge",
         "Adapters that an engine may hold.",
-        [({}, fleet.capacity)],
+        [({}, fleet.smallest_slots())],
     )
     yield from _family(
         "burnish_integrity_errors_total",

@@ -95,8 +95,10 @@ _STATUSES = {
     401: "No key, or one that is unknown or was revoked.",
     403: "The key lacks a scope, or is limited to some deployments.",
     404: "Unknown, or somebody else's: the two are not told apart.",
+    408: "Headers or body did not come in time.",
     409: "The state is not what the request supposes.",
     413: "The body is too large.",
+    415: "The body's content-encoding is not read here; `accept-encoding` lists those that are.",
     429: "A limit of the key is used up.",
     431: "Request line and headers are too long.",
     500: "A fault of ours; the log has it.",
@@ -207,7 +209,7 @@ def list_errors(
     operation: Mapping[str, Any], method: str, path: str, *, is_public: bool
 ) -> Iterable[int]:
     """The statuses of failure that an operation can answer with."""
-    yield from (431, 500)
+    yield from (408, 431, 500)
     if is_public:
         return
     yield from (400, 401, 403, 429, 503)
@@ -217,7 +219,7 @@ def list_errors(
     if method != "GET":
         yield 409
     if has_body:
-        yield 413
+        yield from (413, 415)
     if path in _COMPLETIONS and method == "POST":
         yield 502
 

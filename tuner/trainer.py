@@ -68,19 +68,21 @@ def run_trainer(
     log: Path,
     on_events: Callable[[Sequence[Event]], None],
     check: Callable[[], None],
+    pass_fds: Sequence[int] = (),
     max_crashes: int = 3,
     pause_seconds: float = 1.0,
 ) -> Event:
     """Train to the end and return the `finished` event.
 
     `on_events` gets the child's events in batches, as they arrive; `check` is called a few times a
-    second. Whatever either raises ends the child. A child that crashes is started again and resumes
-    from its checkpoints; `max_crashes` without a new checkpoint in between end the training. Raises
-    `TrainingFailed` (the trainer's own code, or `trainer_crashed`).
+    second. Whatever either raises ends the child, which inherits `pass_fds`. A child that crashes
+    is started again and resumes from its checkpoints; `max_crashes` without a new checkpoint in
+    between end the training. Raises `TrainingFailed` (the trainer's own code, or
+    `trainer_crashed`).
     """
     crashes = 0
     while True:
-        outcome = _run_once(command, config, log, on_events, check)
+        outcome = _run_once(command, config, log, on_events, check, pass_fds)
         if outcome.finished is not None and outcome.exit_code == ExitCode.FINISHED:
             return outcome.finished
         if outcome.exit_code in (ExitCode.REFUSED, ExitCode.GUARDED):
@@ -119,10 +121,11 @@ def _run_once(
     log: Path,
     on_events: Callable[[Sequence[Event]], None],
     check: Callable[[], None],
+    pass_fds: Sequence[int],
 ) -> _Outcome:
     log.parent.mkdir(parents=True, exist_ok=True)
     outcome = _Outcome(exit_code=ExitCode.CRASHED)
-    with log.open("ab") as stderr, _started(command, config, stderr) as child:
+    with log.open("ab") as stderr, _started(command, config, stderr, pass_fds) as child:
         for events in _batches(child, check):
             for event in events:
                 outcome.progressed |= event["event"] == "checkpoint"
@@ -135,7 +138,7 @@ def _run_once(
 
 @contextlib.contextmanager
 def _started(
-    command: TrainerCommand, config: Path, stderr: IO[bytes]
+    command: TrainerCommand, config: Path, stderr: IO[bytes], pass_fds: Sequence[int]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The running child, in a process group of its own that ends with the block."""
     child = subprocess.Popen(
@@ -145,6 +148,7 @@ def _started(
         stderr=stderr,
         env=dict(command.environment),
         start_new_session=True,
+        pass_fds=tuple(pass_fds),
     )
     logger.info(
         "Trainer started",

@@ -1,14 +1,18 @@
-"""The worker: takes jobs one at a time and does them.
+"""The worker: takes jobs and does them, in two lanes.
 
-Owns: the loop, the lease of the running job, and what each kind of job does from claim to result.
+One lane trains; the other does what is short (data sets, evaluations), so that nobody waits an hour
+for seconds of work. Each does one job at a time, under a lease of its own; there is one trainer on
+a data directory, whoever started it, and one evaluation, which has the engines' evaluation slot.
+
+Owns: the lanes, the leases of running jobs, and what each kind of job does from claim to result.
 Does not own the states of a job (`jobs.py`), the trainer child (`trainer.py`), the rows of a
-candidate (`candidates.py`) or the requests to the gateway (`client.py`). torch is never loaded
-here: what leaks or crashes there ends with the child.
+candidate (`candidates.py`), what stays on disk (`remains.py`) or the requests to the gateway
+(`client.py`). torch is never loaded here: what leaks or crashes there ends with the child.
 
-Told to stop (SIGTERM), it gives its job back and ends the child; asked to pause a job, it ends the
-child too, and the job waits. Killed, it leaves a lease that
-stands still: any other worker's sweep queues the job again, and the next attempt resumes from the
-checkpoints in the job's folder.
+Told to stop (SIGTERM), it gives its jobs back and ends the child; asked to pause a job, it ends the
+child too, and the job waits. Killed, it leaves leases that stand still: any other worker's sweep
+queues the jobs again, and the next attempt of a training resumes from the checkpoints in the job's
+folder.
 """
 
 from __future__ import annotations
@@ -16,20 +20,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from feedback import audit
@@ -54,6 +57,14 @@ from tuner.evaluations import load_subject, record_verdict
 from tuner.jobs import JobFailed, LeaseLost, NewEvent, Request, StalledJobs
 from tuner.journal import Journal, Progress
 from tuner.measuring import run_evaluation
+from tuner.remains import (
+    JOBS_FOLDER,
+    remove_abandoned,
+    remove_adapter_without_row,
+    tidy_ended_jobs,
+    tidy_job,
+    trainer_place,
+)
 from tuner.tables import Job, JobKind
 from tuner.trainer import TrainerCommand, TrainingFailed, environment_for_others, run_trainer
 from tuner.training.config import ConfigError, TrainingConfig, child_environment
@@ -64,7 +75,7 @@ logger = logging.getLogger(__name__)
 ACTOR = "worker"
 TRAINER = (sys.executable, "-P", "-m", "tuner.training")
 
-_KEPT = frozenset({"config.json", "trainer.log", "manifest.json"})
+_TIDY_SECONDS = 60.0
 
 
 class JobCancelled(Exception):
@@ -146,7 +157,10 @@ class Worker:
             max_attempts=options.max_attempts,
             monotonic=monotonic,
         )
+        self._sweeping = threading.Lock()
         self._swept_at: float | None = None
+        self._tidied_at: float | None = None
+        self._trainer_place: int | None = None  #: descriptor of the lock, while training
         self._handlers: dict[str, Callable[[Lease], None]] = {
             JobKind.FREEZE: self._freeze,
             JobKind.TUNE: self._tune,
@@ -156,24 +170,53 @@ class Worker:
     def run(self) -> None:
         """Do jobs until told to stop."""
         logger.info("Worker started", extra={"action": "worker_started", "worker": self.name})
-        while not self._stopping.is_set():
-            try:
-                self.sweep()
-                worked = self.run_one()
-            except Exception:  # the loop's top: the database may be away for a while
-                logger.exception("Worker's turn failed", extra={"action": "worker_turn_failed"})
-                worked = False
-            if not worked:
-                self._stopping.wait(self._options.poll_seconds)
+        try:
+            remove_abandoned(self._database, self._options.data, self._store)
+        except (OSError, SQLAlchemyError):
+            logger.exception("Remains stay", extra={"action": "remains_left"})
+        training = threading.Thread(
+            target=self._run_lane, args=([JobKind.TUNE],), name="training-lane"
+        )
+        training.start()
+        try:
+            self._run_lane([kind for kind in self._handlers if kind != JobKind.TUNE])
+        finally:
+            training.join()
         logger.info("Worker stopped", extra={"action": "worker_stopped", "worker": self.name})
 
-    def run_one(self) -> bool:
-        """Claim a job and do it to its end; False when none waits."""
+    def _run_lane(self, kinds: Collection[str]) -> None:
+        """Do jobs of `kinds`. A lane that ends takes the worker with it, to be started again."""
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self.sweep()
+                    worked = self.run_one(kinds)
+                except Exception:  # the loop's top: the database may be away for a while
+                    logger.exception("Worker's turn failed", extra={"action": "worker_turn_failed"})
+                    worked = False
+                if not worked:
+                    self._stopping.wait(self._options.poll_seconds)
+        finally:
+            self._stopping.set()
+
+    def run_one(self, kinds: Collection[str] | None = None) -> bool:
+        """Claim a job of `kinds` (None: of any) and do it to its end; False when none waits."""
+        kinds = self._handlers.keys() if kinds is None else kinds
         with self._database.read() as session:
-            if not jobs.has_queued(session, self._handlers.keys()):
+            if not jobs.has_queued(session, kinds):
                 return False
+        if JobKind.TUNE not in kinds:
+            return self._claim_and_do(kinds)
+        with trainer_place(self._options.data) as place:
+            if place is None:  # another worker trains
+                kinds = [kind for kind in kinds if kind != JobKind.TUNE]
+                return self._claim_and_do(kinds) if kinds else False
+            self._trainer_place = place
+            return self._claim_and_do(kinds)
+
+    def _claim_and_do(self, kinds: Collection[str]) -> bool:
         with self._database.write() as session:
-            job = jobs.claim_job(session, self.name, kinds=self._handlers.keys())
+            job = jobs.claim_job(session, self.name, kinds=kinds)
         if job is None:
             return False
         logger.info(
@@ -191,7 +234,19 @@ class Worker:
         return True
 
     def sweep(self) -> None:
-        """Queue stalled jobs again, at most four times a lease."""
+        """Queue stalled jobs again, at most four times a lease; tidy after ended ones."""
+        if not self._sweeping.acquire(blocking=False):
+            return  # the other lane does
+        try:
+            self._take_back_stalled()
+            at = self._monotonic()
+            if self._tidied_at is None or at - self._tidied_at >= _TIDY_SECONDS:
+                self._tidied_at = at
+                tidy_ended_jobs(self._database, self._options.data)
+        finally:
+            self._sweeping.release()
+
+    def _take_back_stalled(self) -> None:
         at = self._monotonic()
         if self._swept_at is not None and at - self._swept_at < self._options.lease_seconds / 4:
             return
@@ -252,6 +307,8 @@ class Worker:
                 else:
                     jobs.fail(session, job, code, message)
                     action = "job_failed"
+            if job.kind == JobKind.TUNE and action in ("job_cancelled", "job_failed"):
+                tidy_job(self._options.data / JOBS_FOLDER / job.id)
         logger.info(
             "Job ended: %s", message, extra={"action": action, "job": job.id, "kind": job.kind}
         )
@@ -322,7 +379,7 @@ class Worker:
     def _tune(self, lease: Lease) -> None:
         """A data set becomes an adapter and a candidate release, whose evaluation is queued."""
         job = lease.job
-        folder = self._options.data / "jobs" / job.id
+        folder = self._options.data / JOBS_FOLDER / job.id
         base = self._describe_base()
         with self._database.read() as session:
             check_base(session, job, base)
@@ -340,20 +397,27 @@ class Worker:
             log=folder / "trainer.log",
             on_events=journal.record_trainer,
             check=lease.check,
+            pass_fds=() if self._trainer_place is None else (self._trainer_place,),
         )
         manifest = finished.get("manifest") or {}
         _write(folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         facts = self._store_adapter(folder / str(finished["adapter"]), base)
-        with self._ending(lease) as session:
-            journal.flush(session)
-            candidate = create_candidate(session, job, facts, base, probe=finished.get("probe"))
-            result = {
-                "trained_tokens": journal.epoch_tokens * int(manifest.get("epochs") or 1),
-                "metrics": finished.get("metrics") or {},
-                "manifest": manifest,
-            }
-            _record_candidate(session, job, candidate, result)
-        _remove_all_but(folder, _KEPT)
+        try:
+            with self._ending(lease) as session:
+                journal.flush(session)
+                candidate = create_candidate(session, job, facts, base, probe=finished.get("probe"))
+                result = {
+                    "trained_tokens": journal.epoch_tokens * int(manifest.get("epochs") or 1),
+                    "metrics": finished.get("metrics") or {},
+                    "manifest": manifest,
+                }
+                _record_candidate(session, job, candidate, result)
+        except Exception:
+            # Without its row nobody would ever look for these files.
+            with suppress(SQLAlchemyError):
+                remove_adapter_without_row(self._database, self._store, facts.content_hash)
+            raise
+        tidy_job(folder)
 
     def _describe_base(self) -> BaseModel:
         options = self._options
@@ -563,14 +627,3 @@ def _write(file: Path, text: str) -> None:
     incoming = file.with_name(f".{file.name}.incoming")
     incoming.write_text(text, encoding="utf-8")
     incoming.replace(file)
-
-
-def _remove_all_but(folder: Path, kept: frozenset[str]) -> None:
-    """Remove checkpoints and the trainer's copy of the adapter; what can't be removed stays."""
-    for entry in folder.iterdir():
-        if entry.name in kept:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)

@@ -107,6 +107,7 @@ class EngineObject(TypedDict):
     id: str
     state: str
     reason: str | None
+    adapter_slots: int  # that it has, where it says so and that is fewer than the settings'
     releases: list[str]
 
 
@@ -146,6 +147,7 @@ class EngineView:
     state: str
     reason: str | None
     ready: bool
+    adapter_slots: int
     loaded: frozenset[str]  #: engine names that are proven there
 
 
@@ -157,6 +159,7 @@ async def view_engines(gateway: GatewayDep) -> list[EngineView]:
             state=str(member.status),
             reason=member.reason or None,
             ready=member.is_ready_for(gateway.base.name, gateway.base.name),
+            adapter_slots=gateway.fleet.slots(member),
             loaded=frozenset(name for name, proof in member.loaded.items() if proof is not None),
         )
         for member in gateway.fleet.members.values()
@@ -396,6 +399,7 @@ def _engines(session: Session, row: Deployment, engines: list[EngineView]) -> li
             "id": engine.id,
             "state": engine.state,
             "reason": engine.reason,
+            "adapter_slots": engine.adapter_slots,
             "releases": [
                 release.name
                 for release in found

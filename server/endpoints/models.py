@@ -7,7 +7,7 @@ from typing import Literal, NotRequired
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.routing import Snapshot, list_names, unknown_model
+from server.routing import Snapshot, check_model, list_names, unknown_model
 from server.sessions import CallerDep, GatewayDep
 from server.snapshot import load_release
 from tuner.tables import ReleaseState
@@ -57,15 +57,16 @@ async def list_models(caller: CallerDep, gateway: GatewayDep) -> ModelList:
 def get_model(model: str, caller: CallerDep, gateway: GatewayDep) -> ModelObject:
     """One of them, or a release by its name."""
     snapshot, allowed = gateway.directory.snapshot, caller.key.deployments
-    if model in _names(snapshot, allowed):
+    check_model(snapshot, model, allowed)
+    if "@" not in model:
         return _model(model)
-    if "@" in model and len(model) <= 128 and "\x00" not in model:
+    if len(model) <= 128 and "\x00" not in model:
         with gateway.database.read() as session:
             release = load_release(session, model)
         alive = release is not None and release.state not in (
             ReleaseState.DISCARDED,
             ReleaseState.FAILED,
         )
-        if release is not None and alive and (allowed is None or release.deployment in allowed):
+        if release is not None and alive:
             return {**_model(model), "parent": release.deployment}
     raise unknown_model(model, snapshot, allowed)

@@ -59,6 +59,11 @@ class Engine(Protocol):
     """
 
     address: EngineAddress
+    max_loras: int | None
+    """Adapter slots, as the server said when its boot id was last asked; None: it has not yet.
+
+    vLLM says it once it has answered something.
+    """
 
     async def find_fault(self) -> str | None:
         """Why the server does not answer its health check; None when it does. Never raises."""

@@ -351,10 +351,11 @@ class Fleet:
         if release.adapter_id is None or release.engine_name in claimed | self._leased():
             return
         in_use = (claimed | self._held.keys() | {release.engine_name}) - {self.base_name}
-        if len(in_use) > self.capacity - 1:
+        slots = self.smallest_slots()
+        if len(in_use) > slots - 1:
             raise NotReady(
                 f"release {release.name!r} finds no slot: roles and running requests need "
-                f"{len(in_use) - 1} of {self.capacity} and one is for evaluations; try again, "
+                f"{len(in_use) - 1} of {slots} and one is for evaluations; try again, "
                 "or raise engine.max_loras",
                 code="no_adapter_slot",
             )
@@ -364,6 +365,14 @@ class Fleet:
         self._refused[engine_name] = (self._monotonic() + RETRY_SECONDS, error)
         while len(self._refused) > MOST_REFUSED:
             del self._refused[next(iter(self._refused))]
+
+    def slots(self, member: Member) -> int:
+        """How many adapters `member` may hold: what the settings say, or fewer that it has."""
+        return min(self.capacity, member.engine.max_loras or self.capacity)
+
+    def smallest_slots(self) -> int:
+        """How many adapters every engine can hold, for they hold the same."""
+        return min((self.slots(member) for member in self.members.values()), default=self.capacity)
 
     def serves(self, release: Weights, *, tolerate_noise: bool = False) -> bool:
         """True when some engine may answer with `release` now."""
@@ -407,12 +416,14 @@ class Fleet:
 
     async def _load(self, member: Member, release: Weights) -> None:
         name = release.engine_name
-        while len(member.loaded) >= self.capacity:
+        slots = self.slots(member)
+        while len(member.loaded) >= slots:
             evictable = self._evictable(member)
             if not evictable:
                 raise NotReady(
                     f"engine {member.id} holds {len(member.loaded)} adapters and all are needed; "
-                    f"release {release.name!r} finds no slot (engine.max_loras is {self.capacity})",
+                    f"release {release.name!r} finds no slot (it has {slots}, and "
+                    f"engine.max_loras is {self.capacity})",
                     code="no_adapter_slot",
                 )
             await self._unload(member, evictable[0])

@@ -31,6 +31,7 @@ HEALTH_SECONDS = 5.0
 CALL_SECONDS = 300.0
 
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
+_SLOTS = re.compile(r'^vllm:lora_requests_info\{[^}]*\bmax_lora="(\d{1,6})"', re.MULTILINE)
 _START_TIME = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 
 
@@ -44,6 +45,7 @@ class VllmEngine:
         self, address: EngineAddress, session: aiohttp.ClientSession | None = None
     ) -> None:
         self.address = address
+        self.max_loras: int | None = None
         self._session = session
         self._owns_session = session is None
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -73,6 +75,8 @@ class VllmEngine:
     async def boot_id(self) -> str:
         """The start time of the server's process, which vLLM exports to 10 ms."""
         status, text = await self._call("GET", "/metrics")
+        slots = _SLOTS.search(text)
+        self.max_loras = None if slots is None else int(slots[1])
         found = _START_TIME.search(text)
         if found is None:
             raise EngineRefused(

@@ -19,7 +19,7 @@ from server.auth import create_key
 from server.settings import ModelSettings, Settings
 from server.upgrade import upgrade
 from tests.promise_fixtures import Figures
-from tests.promises.hostile import bodies, heads
+from tests.promises.hostile import bodies, compressed, heads
 from tests.promises.hostile.sending import Hostile, Target
 from tests.promises.load import ask_at_rate, cpu_seconds, peak_mib, reset_peak, resident_mib
 from tests.promises.processes import build_model, engine_process, gateway_process
@@ -27,7 +27,7 @@ from tests.promises.scale import is_full, scaled
 
 pytestmark = pytest.mark.promises
 
-CORPORA = {"bodies": bodies.CORPUS, "heads": heads.CORPUS}
+CORPORA = {"bodies": bodies.CORPUS, "compressed": compressed.CORPUS, "heads": heads.CORPUS}
 MOST_SECONDS = 1.0
 MOST_MIB = 64.0
 ROUNDS = 3
@@ -54,7 +54,9 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     database.dispose()
     with (
         engine_process() as engine,
-        gateway_process(settings.data, base.path, engine, folder / "gateway.log") as gateway,
+        gateway_process(
+            settings.data, base.path, engine, folder / "log", **heads.PATIENCE
+        ) as gateway,
     ):
         pid = int((settings.data / "burnish.gateway.lock").read_text())
         ask_at_rate(gateway.url, "assistant", key, requests=50)  # the first ones cost more

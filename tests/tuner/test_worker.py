@@ -44,7 +44,8 @@ from tuner.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterStore, build_adapte
 from tuner.base_models import BaseModel, describe_base
 from tuner.evaluations import create_evaluation
 from tuner.releases import create_deployment, get_deployment, move_production
-from tuner.tables import Adapter, Evaluation, Job, JobStatus, Release
+from tuner.remains import trainer_place
+from tuner.tables import Adapter, Evaluation, Job, JobKind, JobStatus, Release
 from tuner.tuning import create_freeze_job, create_tuning_job
 from tuner.worker import Worker, WorkerOptions
 
@@ -585,6 +586,147 @@ def test_a_paused_job_ends_its_trainer_and_goes_on_when_it_is_resumed(home: Home
     found = home.job(job)
     assert (found.status, found.attempt) == (JobStatus.SUCCEEDED, 2)
     assert found.result["fine_tuned_model"] == "assistant@1"
+
+
+def test_a_data_set_and_an_evaluation_are_made_while_a_training_goes_on(home: Home) -> None:
+    training = home.tune()
+    thread = threading.Thread(target=home.worker("wait").run)
+    thread.start()
+    try:
+        home.begun(training)
+        with home.database.write() as session:
+            freezing = create_freeze_job(
+                session, create_dataset(session, "assistant", Policy(), created_by=None)
+            )
+        _, evaluating = home.evaluate()
+        home.until(lambda: home.job(freezing).status == JobStatus.SUCCEEDED)
+        home.until(lambda: home.job(evaluating).status == JobStatus.SUCCEEDED)
+        assert home.job(training).status == JobStatus.RUNNING
+    finally:
+        home.stopping.set()
+        thread.join(20)
+    assert not thread.is_alive()
+    assert home.job(training).status == JobStatus.QUEUED
+
+
+def test_there_are_never_two_trainers_on_one_data_directory(home: Home) -> None:
+    """Neither of one worker nor of two; the second takes what is short."""
+    first, second = home.tune(), home.tune()
+    threads = [threading.Thread(target=home.worker("wait").run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        home.begun(first)
+        _, evaluating = home.evaluate()
+        home.until(lambda: home.job(evaluating).status == JobStatus.SUCCEEDED)
+        assert home.job(second).status == JobStatus.QUEUED
+        with home.database.write() as session:
+            jobs.request_cancel(session, first.id)
+        home.begun(second)
+        assert home.job(first).status == JobStatus.CANCELLED
+    finally:
+        home.stopping.set()
+        for thread in threads:
+            thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_trainer_keeps_its_place_when_its_worker_is_killed(home: Home) -> None:
+    with trainer_place(home.data) as place:
+        assert place is not None
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, pass_fds=(place,))
+    try:
+        home.tune()
+        assert not home.worker().run_one()
+    finally:
+        child.kill()
+        child.communicate()
+    assert home.worker().run_one()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lane_that_ends_takes_the_worker_with_it(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the supervisor starts all of it again."""
+    worker = home.worker()
+
+    def give_up(kinds: list[str]) -> bool:
+        if JobKind.TUNE in kinds:
+            raise SystemExit
+        return False
+
+    monkeypatch.setattr(worker, "run_one", give_up)
+    worker.run()
+    assert home.stopping.is_set()
+
+
+def names_below(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.mark.parametrize("mode", ["guard", "cancel"])
+def test_what_ends_badly_leaves_what_explains_it_and_no_weights(home: Home, mode: str) -> None:
+    job = home.tune()
+    thread = in_thread(home.worker("guard" if mode == "guard" else "wait"))
+    if mode == "cancel":
+        home.begun(job)
+        with home.database.write() as session:
+            jobs.request_cancel(session, job.id)
+    thread.join(20)
+    assert home.job(job).status in (JobStatus.FAILED, JobStatus.CANCELLED)
+    assert names_below(home.data / "jobs" / job.id) == {"config.json", "trainer.log"}
+
+
+def test_an_adapter_whose_release_could_not_be_made_is_removed(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = home.tune()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise jobs.JobFailed("training_data_gone", "It was deleted.")
+
+    monkeypatch.setattr("tuner.worker.create_candidate", refuse)
+    assert home.worker().run_one()
+    assert home.job(job).error_code == "training_data_gone"
+    assert names_below(home.data / "adapters") == set()
+
+
+def test_a_paused_job_keeps_its_checkpoints_until_it_is_cancelled(home: Home) -> None:
+    jobs_left = {"paused": home.tune(), "queued": home.tune(), "cancelled": home.tune()}
+    with home.database.write() as session:
+        jobs.request_pause(session, jobs_left["paused"].id)
+        jobs.request_cancel(session, jobs_left["cancelled"].id)
+    for job in jobs_left.values():
+        (home.data / "jobs" / job.id / "checkpoints" / "step-1").mkdir(parents=True)
+    home.worker().sweep()
+    left = {name: names_below(home.data / "jobs" / job.id) for name, job in jobs_left.items()}
+    assert left == {"paused": {"checkpoints"}, "queued": {"checkpoints"}, "cancelled": set()}
+    with home.database.write() as session:
+        jobs.request_cancel(session, jobs_left["paused"].id)
+    home.worker().sweep()
+    assert names_below(home.data / "jobs" / jobs_left["paused"].id) == set()
+
+
+def test_what_a_crash_left_goes_when_a_worker_starts_and_nothing_else(home: Home) -> None:
+    store = AdapterStore(home.data / "adapters")
+    wanted, orphan, fresh = (f"{digit}" * 64 for digit in "abc")
+    with home.database.write() as session:
+        make_adapter(session, base_revision=home.base.revision, content_hash=wanted)
+        writing = create_dataset(session, "assistant", Policy(), created_by=None)
+        create_freeze_job(session, writing)
+    for name in (wanted, orphan, fresh, ".incoming-1", ".incoming-2"):
+        (store.root / name).mkdir(parents=True)
+    for name in (wanted, orphan, ".incoming-1"):
+        os.utime(store.root / name, (0, 0))
+    for name in (f"{writing.id}.x.partial", "ds_gone.x.partial", "ds_ready"):
+        (home.data / "datasets" / name).mkdir(parents=True)
+    home.stopping.set()
+    worker = home.worker()
+    worker.run()
+    worker.sweep()
+    assert names_below(store.root) == {wanted, fresh, ".incoming-2"}
+    assert names_below(home.data / "datasets") == {f"{writing.id}.x.partial", "ds_ready"}
 
 
 def test_a_pause_that_comes_too_late_changes_nothing(

@@ -453,6 +453,9 @@ class FakeEngine:
             f"vllm:num_requests_waiting{{{label}}} {self.waiting}.0\n"
             f"vllm:generation_tokens_total{{{label}}} {self.tokens}.0\n"
         )
+        if self.finished:  # vLLM says nothing of its slots before
+            names = 'running_lora_adapters="",waiting_lora_adapters=""'
+            text += f'vllm:lora_requests_info{{max_lora="{self._sizes[0]}",{names}}} 1.0\n'
         exchange.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def _set_faults(self, exchange: Exchange) -> None:

@@ -35,7 +35,13 @@ def test_a_deployment_shows_its_roles_and_what_engines_hold(
         "policies": {},
         "sources": [],
         "engines": [
-            {"id": "engine-0", "state": "ready", "reason": None, "releases": ["assistant@0"]}
+            {
+                "id": "engine-0",
+                "state": "ready",
+                "reason": None,
+                "adapter_slots": 4,
+                "releases": ["assistant@0"],
+            }
         ],
     }
 

@@ -118,6 +118,12 @@ async def test_health_boot_id_and_base(engine: VllmEngine) -> None:
     assert next(iter(await engine.list_models())) == "tiny"
 
 
+async def test_slots_are_told_once_it_has_answered(engine: VllmEngine) -> None:
+    await engine.touch("tiny")
+    await engine.boot_id()
+    assert engine.max_loras == 1
+
+
 async def test_an_adapter_is_listed_with_its_path_until_it_is_unloaded(
     engine: VllmEngine, tiny_adapters: list[Path]
 ) -> None:

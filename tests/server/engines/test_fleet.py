@@ -54,6 +54,7 @@ class SlotsEngine:
     def __init__(self, id: str = "engine-0", capacity: int = CAPACITY) -> None:
         self.address = EngineAddress(id, "http://nowhere")
         self.capacity = capacity
+        self.max_loras: int | None = None
         self.healthy = True
         self.fault = "nothing listens"
         self.applies = True
@@ -527,6 +528,21 @@ async def test_a_load_that_fails_takes_the_engine_from_nobody() -> None:
     assert world.fleet.serves(Weights(1))
     await looked_at(world.member)
     assert world.fleet.serves(Weights(1))
+
+
+async def test_an_engine_with_fewer_slots_than_the_settings_say_is_given_no_more() -> None:
+    world = World()
+    world.engines[0].max_loras = 2
+    await world.fleet.reconcile()
+    await world.promote(1)
+    for number in range(2, 6):
+        await world.fleet.prepare(Weights(number))
+        assert len(world.member.loaded) == 2
+        assert world.fleet.serves(Weights(1))
+    with pytest.raises(NotReady, match="need 1 of 2 and one is for evaluations"):
+        await world.fleet.pin(Weights(9), world.fleet.holding())
+    world.engines[0].max_loras = 9
+    assert world.fleet.slots(world.member) == CAPACITY  # never more than was set
 
 
 async def test_a_503_says_the_state_of_a_few_engines_in_few_words() -> None:
