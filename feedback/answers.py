@@ -7,7 +7,6 @@ Does not own: how answers come into the database (`recording.py`), judgements.
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from feedback.db import canonical_json
 from feedback.errors import NotFound
+from feedback.normal_form import normalise
 from feedback.people import Viewer
 from feedback.tables import (
     Answer,
@@ -110,8 +110,7 @@ def root_hash(messages: Iterable[Message]) -> str:
     the holdout.
     """
     first = next((text_of(m.get("content")) for m in messages if m.get("role") == "user"), "")
-    normal = " ".join(unicodedata.normalize("NFKC", first).casefold().split())
-    return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return hashlib.sha256(normalise(first).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def continuation_hash(person_id: str, messages: Sequence[Message]) -> str | None:
@@ -236,6 +235,10 @@ def delete_answer(session: Session, answer: Answer) -> None:
 
     What curation made of answers that it was compared with holds its text too and goes with it.
     """
+    # First of all, as the recorder does: who goes on with the conversation meanwhile keeps it.
+    session.execute(
+        select(Conversation.id).where(Conversation.id == answer.conversation_id).with_for_update()
+    )
     compared = session.execute(
         select(Comparison.answer_a, Comparison.answer_b).where(
             or_(Comparison.answer_a == answer.id, Comparison.answer_b == answer.id)

@@ -145,10 +145,15 @@ class Driver:
         if rows:
             self._cursor.executemany(self._own(statement), rows)
 
-    def insert(self, table: type[Base], rows: Sequence[dict[str, Any]]) -> None:
-        """All have the same columns."""
+    def insert(
+        self, table: type[Base], rows: Sequence[dict[str, Any]], *, unless_there: bool = False
+    ) -> None:
+        """All have the same columns. `unless_there` passes over rows that a unique key refuses."""
         if rows:
-            self.run(_insertion(table, tuple(rows[0])), [tuple(row.values()) for row in rows])
+            statement = _insertion(table, tuple(rows[0]))
+            if unless_there:
+                statement += " ON CONFLICT DO NOTHING"
+            self.run(statement, [tuple(row.values()) for row in rows])
 
     def rows(self, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
         """What a query finds."""

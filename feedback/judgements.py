@@ -343,7 +343,7 @@ def _say(
     key_id: str | None,
     client_id: str | None,
 ) -> None:
-    """Set the judgement, add the revision, and move the answers that it is about."""
+    """Set the judgement, add the revision, and move the answer or conversation judged."""
     judgement.value = value
     judgement.comment = comment
     judgement.reasons = reasons
@@ -367,11 +367,13 @@ def _say(
     session.flush()
     if judgement.answer_id is not None:
         touch_answers(session, [judgement.answer_id])
-    else:
-        in_conversation = select(Answer.id).where(
-            Answer.conversation_id == judgement.conversation_id
+    else:  # one row, however many answers the conversation has
+        session.execute(
+            update(Conversation)
+            .where(Conversation.id == judgement.conversation_id)
+            .values(revision=Conversation.revision + 1)
+            .execution_options(synchronize_session=False)
         )
-        touch_answers(session, session.scalars(in_conversation))
 
 
 def _sees(viewer: Viewer) -> ColumnElement[bool]:

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
-from feedback.answers import EarlierAnswer, root_hash
+from feedback.answers import EarlierAnswer
 from feedback.db import Driver, canonical_json, new_id, now
 from feedback.tables import (
     Answer,
@@ -53,9 +53,9 @@ class StartedAnswer:
     engine: str | None
     gateway: str
     kind: str
-    #: as the engine gets them, ours marked; their first user turn names a new conversation
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]]  #: as the engine gets them, ours marked
     prefix_hash: str
+    root_hash: str  #: of the messages: a new conversation gets it
     sampling: dict[str, Any]
     template_hash: str | None = None
     tools: list[dict[str, Any]] | None = None
@@ -103,7 +103,8 @@ def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
     pairs: list[dict[str, Any]] = []
     conversations: list[dict[str, Any]] = []
     same_prefix = _find_same_prefix(driver, batch)
-    named = _find_named_conversations(driver, batch)
+    named = _find_or_create_named(driver, batch)
+    known = _lock_conversations(driver, batch, same_prefix, named)
     for item in batch:
         before = same_prefix.get((item.person_id, item.prefix_hash))
         conversation_id = named.get((item.person_id, item.external_conversation_id or ""))
@@ -112,19 +113,11 @@ def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
                 conversation_id = item.earlier.conversation_id
             elif before is not None:
                 conversation_id = before[1]
-        if conversation_id is None:
-            conversation_id = new_id("conv_")
-            conversations.append(
-                {
-                    "id": conversation_id,
-                    "person_id": item.person_id,
-                    "external_id": item.external_conversation_id,
-                    "root_hash": root_hash(item.messages),
-                    "created_at": driver.time(item.started_at),
-                }
-            )
-            if item.external_conversation_id is not None:
-                named[item.person_id, item.external_conversation_id] = conversation_id
+        if conversation_id not in known:  # it is new, or was deleted meanwhile
+            new = _conversation_values(driver, item)
+            conversation_id = new["id"]
+            known.add(conversation_id)
+            conversations.append(new)
         regenerates = before[0] if before is not None and before[1] == conversation_id else None
         same_prefix[item.person_id, item.prefix_hash] = (item.id, conversation_id)
         answers.append(_answer_values(driver, item, conversation_id, regenerates))
@@ -144,6 +137,17 @@ def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
     driver.insert(Answer, answers)
     driver.insert(AnswerText, texts)
     driver.insert(AnswerMetadata, pairs)
+
+
+def _conversation_values(driver: Driver, item: StartedAnswer) -> dict[str, Any]:
+    return {
+        "id": new_id("conv_"),
+        "person_id": item.person_id,
+        "external_id": item.external_conversation_id,
+        "root_hash": item.root_hash,
+        "revision": 0,
+        "created_at": driver.time(item.started_at),
+    }
 
 
 def _answer_values(
@@ -290,18 +294,56 @@ def _find_same_prefix(
     return found
 
 
-def _find_named_conversations(
+def _find_or_create_named(
     driver: Driver, batch: Sequence[StartedAnswer]
 ) -> dict[tuple[str, str], str]:
+    """(person, the client's name for a conversation) → the conversation."""
+    items = {
+        (item.person_id, item.external_conversation_id): item
+        for item in reversed(batch)
+        if item.external_conversation_id is not None
+    }
+    found = _find_named(driver, items)
+    # In one order: two gateways that meet the same new ones wait for each other, and not both ways.
+    missing = sorted(items.keys() - found.keys())
+    new = [_conversation_values(driver, items[name]) for name in missing]
+    driver.insert(Conversation, new, unless_there=True)
+    if driver.is_sqlite:  # nobody else can have made one
+        made = {name: row["id"] for name, row in zip(missing, new, strict=True)}
+    else:
+        made = _find_named(driver, missing)
+    return found | made
+
+
+def _find_named(driver: Driver, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     found = {}
-    for person, name in {(item.person_id, item.external_conversation_id) for item in batch}:
-        if name is None:
-            continue
+    for person, name in names:
         for (conversation,) in driver.rows(
             "SELECT id FROM conversations WHERE person_id = ? AND external_id = ?", (person, name)
         ):
             found[person, name] = conversation
     return found
+
+
+def _lock_conversations(
+    driver: Driver,
+    batch: Sequence[StartedAnswer],
+    same_prefix: dict[tuple[str, str], tuple[str, str]],
+    named: dict[tuple[str, str], str],
+) -> set[str]:
+    """Those conversations that answers may go on with and that are still there.
+
+    On PostgreSQL they are there until the transaction ends.
+    """
+    ids = {item.earlier.conversation_id for item in batch if item.earlier is not None}
+    ids.update(conversation for _, conversation in same_prefix.values())
+    ids.update(named.values())
+    if not ids:
+        return set()
+    lock = "" if driver.is_sqlite else " ORDER BY id FOR KEY SHARE"
+    marks = ", ".join("?" * len(ids))
+    statement = f"SELECT id FROM conversations WHERE id IN ({marks}){lock}"
+    return {conversation for (conversation,) in driver.rows(statement, tuple(sorted(ids)))}
 
 
 def _find_awaited(driver: Driver, ids: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from feedback import datasets
-from feedback.answers import messages_hash
+from feedback.answers import messages_hash, root_hash
 from feedback.curation.policy import Policy
 from feedback.db import Database, Driver, new_id, now
 from feedback.people import find_or_create_person
@@ -56,6 +56,7 @@ def add_answer(
                 "kind": AnswerKind.CHAT,
                 "messages": messages,
                 "prefix_hash": messages_hash(person_id, messages),
+                "root_hash": root_hash(messages),
                 "sampling": {},
                 **columns,
             }

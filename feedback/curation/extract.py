@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -45,6 +44,7 @@ from feedback.curation.examples import (
 from feedback.curation.policy import Policy
 from feedback.curation.visible import is_blank, strip_invisible
 from feedback.db import canonical_json
+from feedback.normal_form import normalise
 from feedback.tables import AnswerKind, AnswerStatus, JudgementKind, Preferred, SourceType
 
 
@@ -123,11 +123,6 @@ def edit_share(before: str, after: str) -> float:
     one, other = _word_pairs(before), _word_pairs(after)
     total = one.total() + other.total()
     return 1 - 2 * (one & other).total() / total if total else 0.0
-
-
-def normalise(text: str) -> str:
-    """`text` with case, the form of accents, and white space set apart."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def build_prompt_hash(messages: Iterable[Mapping[str, Any]]) -> str:

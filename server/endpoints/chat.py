@@ -22,6 +22,7 @@ from feedback.answers import (
     MessagesHash,
     continuation_hash,
     find_earlier,
+    root_hash,
     was_answered,
 )
 from feedback.errors import AppError, BadRequest, NotReady, TooLarge
@@ -56,6 +57,8 @@ from tuner.tables import ReleaseState
 
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
+
+LARGE_BYTES = 64 * 1024  #: of a body: its text takes a millisecond to be normalised
 
 router = APIRouter(tags=["chat"])
 
@@ -199,8 +202,14 @@ async def _prepare(
         gateway, caller, parsed.model, pinned, None if regenerates else earlier, hold
     )
     gateway.fleet.choose(chosen.engine_name)  # 503 before anything is recorded
+    # Of a text that is large other requests don't wait for it.
+    root = (
+        root_hash(parsed.messages)
+        if len(raw) < LARGE_BYTES
+        else await asyncio.to_thread(root_hash, parsed.messages)
+    )
     exchange = _exchange(
-        gateway, caller, parsed, chosen, path, kind, said, earlier, external_id, number
+        gateway, caller, parsed, chosen, path, kind, said, earlier, external_id, number, root
     )
     reply.headers["x-burnish-release"] = _header_value(chosen.public_name)
     reply.headers["x-burnish-stored"] = "true" if exchange.started.stored else "false"
@@ -357,6 +366,7 @@ def _exchange(
     earlier: EarlierAnswer | None,
     external_id: str | None,
     number: str,
+    root: str,
 ) -> Exchange:
     release, deployment = chosen.release, chosen.deployment
     is_chat = path == CHAT_PATH
@@ -386,6 +396,7 @@ def _exchange(
         kind=kind,
         messages=messages,
         prefix_hash=str(said),
+        root_hash=root,
         sampling={k: v for k, v in sent.items() if k not in _NOT_SAMPLING},
         template_hash=gateway.base.template_hash if release is None else release.template_hash,
         tools=parsed.given.get("tools"),

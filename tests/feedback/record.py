@@ -7,7 +7,13 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from feedback.answers import OURS, continuation_hash, find_earlier, messages_hash
+from feedback.answers import (
+    OURS,
+    continuation_hash,
+    find_earlier,
+    messages_hash,
+    root_hash,
+)
 from feedback.curation.policy import Policy
 from feedback.db import Driver, new_id
 from feedback.people import Viewer, find_or_create_person
@@ -63,6 +69,7 @@ def ask(
             "kind": AnswerKind.CHAT,
             "messages": [*ours, *messages],
             "prefix_hash": messages_hash(viewer.person_id, messages),
+            "root_hash": root_hash(messages),
             "sampling": {"n": len(replies)},
             "template_hash": "template",
             "external_conversation_id": external_id,

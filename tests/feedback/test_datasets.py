@@ -440,6 +440,17 @@ def test_a_second_freeze_extracts_only_what_moved(
     shown = build(database, tmp_path, Policy(holdout_share=0.4, person_cap=7))
     assert sorted(seen) == sorted([str(moved.answer_id), unfinished])
     assert shown["dropped"]["person_cap"] > 0
+    with database.write() as session:
+        answer = session.get_one(Answer, moved.answer_id)
+        whole = NewJudgement("comment", "Thanks", conversation_id=answer.conversation_id)
+        judge(session, root, whole)
+        spoken = select(Answer.id).where(
+            Answer.conversation_id == answer.conversation_id, Answer.revision > 0
+        )
+        in_it = set(session.scalars(spoken))
+    seen.clear()
+    build(database, tmp_path, Policy(holdout_share=0.4, person_cap=7))
+    assert set(seen) == {*in_it, unfinished}
     seen.clear()
     build(database, tmp_path, Policy(stars_true=3))
     assert len(seen) > 20, "another policy of extraction has a cache of its own"

@@ -20,7 +20,7 @@ from feedback.judgements import (
     withdraw,
 )
 from feedback.people import Viewer
-from feedback.tables import Answer, Judgement, JudgementRevision
+from feedback.tables import Answer, Conversation, Judgement, JudgementRevision
 from tests.feedback.record import ask, make_viewer
 
 on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
@@ -165,7 +165,9 @@ def test_what_was_never_said_cannot_be_withdrawn(database: Database, ana: Viewer
         rate(session, ana, None)
 
 
-def test_a_verdict_on_a_conversation_moves_all_its_answers(database: Database, ana: Viewer) -> None:
+def test_a_verdict_on_a_conversation_moves_one_row_however_many_answers_it_has(
+    database: Database, ana: Viewer
+) -> None:
     with database.write() as session:
         ask(session, ana, answer_id="a2")  # the same question again
         conversation_id = session.get_one(Answer, "a1").conversation_id
@@ -174,8 +176,10 @@ def test_a_verdict_on_a_conversation_moves_all_its_answers(database: Database, a
         assert not judge(session, ana, about)[1]
         found, _ = list_judgements(session, ana, conversation_id=conversation_id)
         assert [one.answer_id for one in found] == [None]
+        withdraw(session, ana, found[0].id)
     with database.read() as session:
-        assert session.scalars(select(Answer.revision)).all() == [1, 1]
+        assert session.scalars(select(Answer.revision)).all() == [0, 0]
+        assert session.scalars(select(Conversation.revision)).all() == [2]
 
 
 @pytest.mark.parametrize(

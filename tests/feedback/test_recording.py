@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
 from sqlalchemy import func, select
 
+from feedback.answers import EarlierAnswer, delete_answer
 from feedback.db import Database, Driver
 from feedback.judgements import NewJudgement, judge
+from feedback.people import Viewer
 from feedback.recording import (
     GATEWAY_STOPPED,
     EndedAnswer,
+    StartedAnswer,
     interrupt_started,
     record_ended,
+    record_started,
     record_undelivered,
 )
-from feedback.tables import Answer, AnswerContinuation, AnswerStatus, AnswerText
+from feedback.tables import Answer, AnswerContinuation, AnswerStatus, AnswerText, Conversation
 from tests.feedback.record import ask, make_viewer
 
 SAID: dict[str, Any] = {
@@ -106,3 +112,120 @@ def test_an_answer_that_its_gateway_is_ending_is_not_waited_for(
     with postgres_database.read() as session:
         found = {a.id: a.error_code for a in session.scalars(select(Answer))}
     assert found == {"a1": None, "a2": GATEWAY_STOPPED}
+
+
+def test_two_gateways_that_meet_the_same_new_conversations_both_record(
+    postgres_database: Database,
+) -> None:
+    names = ["chat-1", "chat-2"]
+    with postgres_database.write() as session:
+        ana = make_viewer(session, "ana")
+    second_asks = Event()
+
+    def second() -> None:
+        with postgres_database.write() as session:
+            session.connection()
+            second_asks.set()
+            for name in names:
+                ask(session, ana, answer_id=f"second {name}", external_id=name)
+
+    with ThreadPoolExecutor() as pool:
+        with postgres_database.write() as session:
+            for name in names:
+                ask(session, ana, answer_id=f"first {name}", external_id=name)
+            there = pool.submit(second)
+            assert second_asks.wait(10)
+        there.result(10)
+    with postgres_database.read() as session:
+        found = session.execute(
+            select(Conversation.external_id, func.count(Answer.id))
+            .join(Answer, Answer.conversation_id == Conversation.id)
+            .group_by(Conversation.external_id)
+            .order_by(Conversation.external_id)
+        ).all()
+    assert [tuple(row) for row in found] == [("chat-1", 2), ("chat-2", 2)]
+
+
+def test_new_conversations_are_made_in_one_order_whatever_order_they_come_in(
+    postgres_database: Database,
+) -> None:
+    """Two gateways that meet the same two at once would otherwise wait for each other."""
+    with postgres_database.write() as session:
+        ana = make_viewer(session, "ana")
+    rows = [
+        [started(ana, f"{gateway} {name}", external_conversation_id=name) for name in names]
+        for gateway, names in (("gw_1", ["b", "a", "c"]), ("gw_2", ["c", "b", "a"]))
+    ]
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(lambda batch: _record(postgres_database, batch), rows):
+            pass
+    with postgres_database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Conversation)) == 3
+        assert session.scalar(select(func.count()).select_from(Answer)) == 6
+
+
+def test_a_conversation_that_is_deleted_while_it_goes_on_is_begun_anew(database: Database) -> None:
+    with database.write() as session:
+        ana = make_viewer(session, "ana")
+        ask(session, ana, answer_id="a1")
+    with database.read() as session:
+        gone = session.get_one(Answer, "a1").conversation_id
+    later = started(ana, "a2", earlier=EarlierAnswer("a1", gone, "assistant", "assistant@0"))
+    with database.write() as session:
+        delete_answer(session, session.get_one(Answer, "a1"))
+    _record(database, [later])
+    with database.read() as session:
+        assert session.get_one(Answer, "a2").conversation_id != gone
+
+
+def test_a_conversation_that_goes_on_while_its_last_answer_is_deleted_stays(
+    postgres_database: Database,
+) -> None:
+    with postgres_database.write() as session:
+        ana = make_viewer(session, "ana")
+        ask(session, ana, answer_id="a1")
+        kept = session.get_one(Answer, "a1").conversation_id
+    later = started(ana, "a2", earlier=EarlierAnswer("a1", kept, "assistant", "assistant@0"))
+    deleting = Event()
+
+    def delete() -> None:
+        with postgres_database.write() as session:
+            answer = session.get_one(Answer, "a1")
+            deleting.set()
+            delete_answer(session, answer)
+
+    with ThreadPoolExecutor() as pool:
+        with postgres_database.write() as session:
+            record_started(Driver.of(session), [later])
+            done = pool.submit(delete)
+            assert deleting.wait(10)
+        done.result(10)
+    with postgres_database.read() as session:
+        assert session.scalars(select(Answer.id)).all() == ["a2"]
+
+
+def started(viewer: Viewer, answer_id: str, **more: Any) -> StartedAnswer:
+    values: dict[str, Any] = {
+        "id": answer_id,
+        "person_id": viewer.person_id,
+        "key_id": None,
+        "deployment": "assistant",
+        "release": "assistant@0",
+        "requested_model": "assistant",
+        "arm": "production",
+        "propensity": 1.0,
+        "generation": 0,
+        "engine": None,
+        "gateway": "gw_1",
+        "kind": "chat",
+        "messages": [{"role": "user", "content": "hi"}],
+        "prefix_hash": answer_id,
+        "root_hash": "root",
+        "sampling": {},
+    }
+    return StartedAnswer(**{**values, **more})
+
+
+def _record(database: Database, batch: list[StartedAnswer]) -> None:
+    with database.write() as session:
+        record_started(Driver.of(session), batch)

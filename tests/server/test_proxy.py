@@ -113,6 +113,7 @@ async def begin(
         kind="chat",
         messages=messages,
         prefix_hash=new_id(""),
+        root_hash="root",
         sampling={},
     )
     await recorder.record(started, SECONDS)

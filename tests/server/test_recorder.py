@@ -75,6 +75,7 @@ def started(person: str, **more: Any) -> StartedAnswer:
         "kind": "chat",
         "messages": [{"role": "user", "content": "hi"}],
         "prefix_hash": new_id(""),
+        "root_hash": "root",
         "sampling": {},
     }
     return StartedAnswer(**{**values, **more})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal, Protocol
 from jinja2 import TemplateError
 
 from feedback.curation.extract import build_near_hash
+from feedback.normal_form import normalise
 
 Message = Mapping[str, Any]
 Kind = Literal["supervised", "preference", "labelled"]
@@ -310,9 +310,7 @@ def group_of(prompt: Sequence[Message]) -> str:
         if first is not None
         else json.dumps([dict(message) for message in prompt], sort_keys=True)
     )
-    return hashlib.sha256(
-        " ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode()
-    ).hexdigest()
+    return hashlib.sha256(normalise(text).encode()).hexdigest()
 
 
 def leave_out_near(rows: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
