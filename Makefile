@@ -3,7 +3,6 @@
 PYTHON ?= python3
 RUN := .venv/bin
 PYTEST := $(RUN)/python -P -m pytest
-FAST := $(PYTEST) -n 4 -m "not engine and not loop and not promises and not clients" --ignore=tests/tuner/training
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test test-fast promises lint bench clean env env-dev
@@ -18,16 +17,11 @@ serve: env  ## serve: MODEL=<directory or name> HOST=127.0.0.1 PORT=8000 DATA=./
 demo: env  ## the whole loop in one command: chat, judge, tune, promote (about 15 minutes)
 	@exec $(RUN)/burnish demo
 
-test: env-dev  ## all: fast, training, promises in small, clients, engine (real vLLM), loop (real model)
-	$(FAST)
-	$(PYTEST) -n 2 -m "not promises" tests/tuner/training
-	$(PYTEST) -n 2 -m "promises and not engine"
-	$(PYTEST) -m "clients"
-	$(PYTEST) -m "engine"
-	$(PYTEST) -m "loop"
+test:  ## all: fast, training, promises in small, clients, engine (real vLLM), loop (real model)
+	@$(PYTHON) tests/layers.py
 
-test-fast: env-dev  ## the fast layer alone: no vLLM, no torch
-	$(FAST)
+test-fast:  ## the fast layer alone: no vLLM, no torch
+	@$(PYTHON) tests/layers.py fast
 
 promises: env-dev  ## every promise in full (long): goes on where it was stopped; AGAIN=1, ONLY="1 31"
 	BURNISH_PROMISES=full $(PYTEST) -s -m "promises" \
