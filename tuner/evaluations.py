@@ -1,13 +1,13 @@
 """Evaluations: a candidate against what is in production, on rows that neither learned from.
 
-Owns: their rows, and which part of which holdout counts. Does not own the measuring
-(`measuring.py`) or the decision (`gate.py`). Functions take the session first and never commit.
+Owns: their rows, and which files hold what they are measured on. Does not own the reading of those
+(`holdout.py`), the measuring (`measuring.py`) or the decision (`gate.py`). Functions take the
+session first and never commit.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session
 from feedback.db import new_id, now
 from feedback.errors import BadRequest, Conflict, NotFound
 from feedback.tables import Dataset, DatasetStatus, File
-from tuner.client import Message
 from tuner.gate import Verdict
+from tuner.holdout import HoldoutFiles
 from tuner.jobs import create_job
-from tuner.measuring import Subject, prompt_key
+from tuner.measuring import Subject
 from tuner.releases import get_deployment, get_release, production_of
 from tuner.tables import Evaluation, Job, JobKind, Release, ReleaseState
 from tuner.tuning import list_files_of
@@ -117,29 +117,15 @@ def record_verdict(
     return evaluation
 
 
-def load_subject(session: Session, evaluation_id: str, *, data: Path) -> Subject:
-    """Read an evaluation's releases and its part of the holdout.
+def load_subject(session: Session, evaluation_id: str) -> Subject:
+    """An evaluation's releases, as yet without rows.
 
-    `data` is the directory that files lie below. Raises `NotFound` for what is gone, `Conflict`
-    for a release that was put away, `FileNotFoundError`.
+    Raises `NotFound` for what is gone, `Conflict` for a release that was put away.
     """
     evaluation = get_evaluation(session, evaluation_id)
     candidate = get_release(session, evaluation.release)
     baseline = get_release(session, evaluation.baseline)
     _check_in_use(candidate)
-    holdout = _files(session, evaluation.dataset_id, side="holdout")
-    rows = [row for file in holdout for row in read_rows(data / file.path)]
-    learned_ids, learned_prompts = set[str](), set[str]()
-    for file in _training_files(session, candidate) + _training_files(session, baseline):
-        for row in read_rows(data / file.path):
-            learned_ids.add(str(row.get("id")))
-            learned_prompts.add(prompt_key(_prompt_of(row)))
-    kept = [
-        row
-        for row in rows
-        if str(row.get("id")) not in learned_ids
-        and prompt_key(_prompt_of(row)) not in learned_prompts
-    ]
     prompts = session.scalars(
         select(Release.system_prompt).where(
             Release.deployment == evaluation.deployment, Release.system_prompt.is_not(None)
@@ -148,18 +134,23 @@ def load_subject(session: Session, evaluation_id: str, *, data: Path) -> Subject
     return Subject(
         candidate=candidate,
         baseline=baseline,
-        rows=kept,
+        rows=(),
         own_prompts=frozenset(prompt for prompt in prompts if prompt),
-        left_out=len(rows) - len(kept),
     )
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL file."""
-    with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.strip():
-                yield json.loads(line)
+def find_holdout_files(session: Session, evaluation_id: str, *, data: Path) -> HoldoutFiles:
+    """The files of an evaluation's rows, below `data`; nothing is read yet."""
+    evaluation = get_evaluation(session, evaluation_id)
+    releases = (evaluation.release, evaluation.baseline)
+    return HoldoutFiles(
+        held=[data / file.path for file in _files(session, evaluation.dataset_id, side="holdout")],
+        learned=[
+            data / file.path
+            for name in releases
+            for file in _training_files(session, get_release(session, name))
+        ],
+    )
 
 
 def _check_in_use(release: Release) -> None:
@@ -192,14 +183,3 @@ def _training_files(session: Session, release: Release) -> list[File]:
     job = session.get(Job, release.job_id) if release.job_id is not None else None
     ids = list_files_of(job) if job is not None else []
     return list(session.scalars(select(File).where(File.id.in_(ids)))) if ids else []
-
-
-def _prompt_of(row: Mapping[str, Any]) -> Sequence[Message]:
-    """The prompt in either dialect."""
-    if "prompt" in row:
-        prompt: Sequence[Message] = row["prompt"]
-    elif "input" in row:
-        prompt = row["input"]["messages"]
-    else:
-        prompt = row["messages"][:-1]
-    return prompt

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -34,6 +35,11 @@ from tuner.tables import Release
 T = TypeVar("T")
 R = TypeVar("R")
 
+ROWS_PER_PORTION = 32
+"""Enough to fill the engine's batches."""
+
+_KINDS = ("supervised", "preference", "labelled")
+
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
@@ -42,7 +48,7 @@ Report = Callable[[str, int, int], None]
 class Effort:
     """How much is measured. On two cores without a GPU the defaults take one to three minutes."""
 
-    max_rows: int = 200  #: holdout rows of each kind, chosen by hash
+    max_rows: int = 200  #: holdout rows of each kind, the first
     max_answers: int = 12  #: prompts that both releases answer
     max_tokens: int = 128  #: per generated answer
     threads: int = 8  #: requests at once
@@ -54,7 +60,8 @@ class Subject:
 
     candidate: Release
     baseline: Release
-    rows: Sequence[Mapping[str, Any]]  #: the holdout, without what either learned from
+    #: the holdout, without what either learned from, in an order that says nothing about it
+    rows: Sequence[Mapping[str, Any]]
     own_prompts: frozenset[str]  #: system prompts of the deployment's releases
     left_out: int = 0  #: holdout rows that one of the two learned from
 
@@ -115,19 +122,13 @@ def build_prompt(
 def _measure(
     client: GatewayClient, subject: Subject, effort: Effort, report: Report
 ) -> tuple[Figures, dict[str, Any]]:
-    kinds: dict[str, list[Mapping[str, Any]]] = {"supervised": [], "preference": [], "labelled": []}
-    for row in sorted(subject.rows, key=_by_chance):
-        if row["kind"] in kinds and len(kinds[row["kind"]]) < effort.max_rows:
-            kinds[row["kind"]].append(row)
-    scores = _score_all(client, subject, [row for rows in kinds.values() for row in rows], report)
     nll: list[Paired] = []
     chosen_nll: list[Paired] = []
     margins: list[Paired] = []
     labelled: list[Labelled] = []
     unscored = 0
-    for row in (row for rows in kinds.values() for row in rows):
+    for row, found in _score_in_portions(client, subject, effort, report):
         unit = prompt_key(row["prompt"])
-        found = scores.of(row)
         if found is None:
             unscored += 1
         elif row["kind"] == "supervised":
@@ -189,6 +190,30 @@ class _Scores:
                 return None
             by_part[part] = (scored[0], scored[1], scored[2])
         return _RowScores(by_part)
+
+
+def _score_in_portions(
+    client: GatewayClient, subject: Subject, effort: Effort, report: Report
+) -> Iterator[tuple[Mapping[str, Any], _RowScores | None]]:
+    """The first `max_rows` rows of each kind with their scores; a few at a time are in memory."""
+    counts: Counter[str] = Counter()
+    chosen = []
+    for index, row in enumerate(subject.rows):
+        if row["kind"] in _KINDS and counts[row["kind"]] < effort.max_rows:
+            counts[row["kind"]] += 1
+            chosen.append((_KINDS.index(row["kind"]), index))
+    chosen.sort()
+    for start in range(0, len(chosen), ROWS_PER_PORTION):
+        rows = [subject.rows[index] for _, index in chosen[start : start + ROWS_PER_PORTION]]
+
+        def report_rows(
+            what: str, done: int, total: int, start: int = start, count: int = len(rows)
+        ) -> None:
+            report(what, start + count * done // max(total, 1), len(chosen))
+
+        scores = _score_all(client, subject, rows, report_rows)
+        for row in rows:
+            yield row, scores.of(row)
 
 
 def _score_all(
@@ -253,7 +278,7 @@ def _write_answers(
     A prompt that one of them can't answer is left out of both.
     """
     prompts: dict[str, tuple[list[Message], int | None]] = {}
-    for row in sorted(subject.rows, key=_by_chance):
+    for row in subject.rows:
         key, good = prompt_key(row["prompt"]), _good_answer(row)
         words = None if good is None else len(good.split())
         if key in prompts and prompts[key][1] is None:
@@ -372,8 +397,3 @@ def _parts(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _key(prompt: Sequence[Message], completion: Message) -> str:
     return canonical_json([list(prompt), completion])
-
-
-def _by_chance(row: Mapping[str, Any]) -> str:
-    """An order that says nothing about the rows and never changes."""
-    return hashlib.sha256(str(row.get("id")).encode()).hexdigest()

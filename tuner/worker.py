@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,7 +53,8 @@ from tuner.candidates import (
     verify_files,
 )
 from tuner.client import GatewayClient, GatewayError, GatewayUnreachable, SlotLost
-from tuner.evaluations import load_subject, record_verdict
+from tuner.evaluations import find_holdout_files, load_subject, record_verdict
+from tuner.holdout import Holdout
 from tuner.jobs import JobFailed, LeaseLost, NewEvent, Request, StalledJobs
 from tuner.journal import Journal, Progress
 from tuner.measuring import run_evaluation
@@ -489,14 +490,17 @@ class Worker:
         """A candidate is compared with its baseline, and the gate decides."""
         evaluation_id = str(lease.job.spec["evaluation_id"])
         with self._database.read() as session:
-            try:
-                subject = load_subject(session, evaluation_id, data=self._options.data)
-            except FileNotFoundError as error:
-                raise JobFailed(
-                    "holdout_missing",
-                    f"{Path(str(error.filename)).name!r} of the data set is not on disk; restore "
-                    "it, or make a new data set.",
-                ) from None
+            subject = load_subject(session, evaluation_id)
+            files = find_holdout_files(session, evaluation_id, data=self._options.data)
+        try:
+            rows = Holdout(files, check=lease.check)
+        except FileNotFoundError as error:
+            raise JobFailed(
+                "holdout_missing",
+                f"{Path(str(error.filename)).name!r} of the data set is not on disk; restore it, "
+                "or make a new data set.",
+            ) from None
+        subject = replace(subject, rows=rows, left_out=rows.left_out)
         journal = Journal(self._database, lease.job)
         progress = Progress(journal, lease.check, self._monotonic)
         verdict, metrics = run_evaluation(self._client, subject, report=progress.report)

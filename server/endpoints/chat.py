@@ -380,7 +380,8 @@ def _exchange(
         sampling={} if release is None else release.sampling,
         template_kwargs=frozenset() if deployment is None else deployment.template_kwargs,
     )
-    stored = parsed.given.get("store") is not False
+    # An evaluation asks with people's prompts; what it keeps is figures.
+    stored = parsed.given.get("store") is not False and kind is not AnswerKind.INTERNAL
     started = StartedAnswer(
         id=("chatcmpl-" if is_chat else "cmpl-") + number,
         person_id=caller.person_id,

@@ -285,6 +285,25 @@ def test_several_verdicts_of_one_person_become_one_with_a_history(empty: Databas
         assert session.execute(text("SELECT revision FROM answers")).scalar_one() > before
 
 
+def test_the_prompts_that_evaluations_had_kept_go_and_others_stay(empty: Database) -> None:
+    migrate(empty, "0006")
+    _fill(empty)
+    with empty.write() as session:
+        answer = session.execute(text("SELECT * FROM answers")).mappings().one()
+        kept = session.execute(text("SELECT * FROM answer_texts")).mappings().one()
+        answers, texts = (Base.metadata.tables[name] for name in ("answers", "answer_texts"))
+        own = {"id": "asked", "kind": "internal", "stored": True, "started_at": now()}
+        session.execute(answers.insert().values({**_stored(answers, answer), **own}))
+        session.execute(texts.insert().values({**_stored(texts, kept), "answer_id": "asked"}))
+
+    migrate(empty)
+
+    with empty.read() as session:
+        left = session.execute(text("SELECT answer_id FROM answer_texts")).scalars().all()
+        stored = session.execute(text("SELECT id FROM answers WHERE stored")).scalars().all()
+    assert left == stored == [answer["id"]]
+
+
 def _stored(table: Table, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row that was read as text and numbers, as the table's types take it."""
     texts = {

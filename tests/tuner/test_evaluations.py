@@ -18,6 +18,7 @@ from tests.tuner.records import (
 )
 from tuner import evaluations
 from tuner.gate import Check, Verdict
+from tuner.holdout import Holdout
 from tuner.jobs import create_job
 from tuner.releases import discard, get_release
 from tuner.tables import Decision, JobKind
@@ -37,10 +38,12 @@ def test_a_candidate_is_compared_with_production_on_its_data_sets_holdout(
         assert (job.kind, job.spec) == (JobKind.EVALUATE, {"evaluation_id": evaluation.id})
         assert (evaluation.baseline, evaluation.dataset_id) == ("assistant@0", dataset.id)
     with database.read() as session:
-        subject = evaluations.load_subject(session, evaluation.id, data=tmp_path)
+        subject = evaluations.load_subject(session, evaluation.id)
+        files = evaluations.find_holdout_files(session, evaluation.id, data=tmp_path)
     assert (subject.candidate.name, subject.baseline.name) == ("assistant@1", "assistant@0")
-    assert [row["id"] for row in subject.rows] == [row["id"] for row in HOLDOUT]
-    assert (subject.own_prompts, subject.left_out) == ({"Be kind."}, 0)
+    holdout = Holdout(files)
+    assert sorted(row["id"] for row in holdout) == [row["id"] for row in HOLDOUT]
+    assert (subject.own_prompts, holdout.left_out) == ({"Be kind."}, 0)
 
 
 def test_rows_that_either_release_learned_from_are_left_out(
@@ -62,9 +65,10 @@ def test_rows_that_either_release_learned_from_are_left_out(
                 make_candidate(session, seed=seed, job_id=job.id, dataset_id=dataset.id)
             )
         evaluation, _ = evaluations.create_evaluation(session, releases[1], releases[0])
-        subject = evaluations.load_subject(session, evaluation.id, data=tmp_path)
-    assert [row["id"] for row in subject.rows] == ["ex_h3"]
-    assert subject.left_out == 4
+        files = evaluations.find_holdout_files(session, evaluation.id, data=tmp_path)
+    holdout = Holdout(files)
+    assert [row["id"] for row in holdout] == ["ex_h3"]
+    assert holdout.left_out == 4
 
 
 def test_a_release_without_a_data_set_is_compared_on_the_newest_one(
@@ -75,14 +79,15 @@ def test_a_release_without_a_data_set_is_compared_on_the_newest_one(
         release = make_candidate(session)
         evaluation, _ = evaluations.create_evaluation(session, release)
         assert evaluation.dataset_id is None
-        assert evaluations.load_subject(session, evaluation.id, data=tmp_path).rows == []
+        files = evaluations.find_holdout_files(session, evaluation.id, data=tmp_path)
+        assert len(Holdout(files)) == 0
         made = [add_dataset(session, tmp_path, holdout=HOLDOUT).id for _ in range(2)]
         add_dataset(session, tmp_path, status=DatasetStatus.RUNNING)
         evaluation, _ = evaluations.create_evaluation(session, release)
         assert evaluation.dataset_id == max(made)  # ids sort by time
 
 
-def test_what_cannot_be_compared_is_refused(sqlite_database: Database, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused(sqlite_database: Database) -> None:
     with sqlite_database.write() as session:
         make_deployment(session)
         make_deployment(session, "second")
@@ -96,9 +101,9 @@ def test_what_cannot_be_compared_is_refused(sqlite_database: Database, tmp_path:
         with pytest.raises(Conflict, match=r"is discarded \(typo\)"):
             evaluations.create_evaluation(session, release)
         with pytest.raises(Conflict, match="is discarded"):
-            evaluations.load_subject(session, evaluation.id, data=tmp_path)
+            evaluations.load_subject(session, evaluation.id)
         with pytest.raises(NotFound, match="eval_none"):
-            evaluations.load_subject(session, "eval_none", data=tmp_path)
+            evaluations.load_subject(session, "eval_none")
 
 
 def test_a_verdict_is_stored_with_its_figures(database: Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -30,7 +31,7 @@ def labelled(row_id: str, question: str, answer: str, label: bool) -> dict[str, 
     return {**row, "kind": "labelled", "label": label}
 
 
-def subject(rows: list[dict[str, Any]], **values: Any) -> Subject:
+def subject(rows: Sequence[Mapping[str, Any]], **values: Any) -> Subject:
     return Subject(
         **{
             "candidate": release(1),
@@ -172,7 +173,7 @@ def test_progress_is_told_with_what_there_is_to_do() -> None:
         "generating answers",
     ]
     scoring = [facts for facts in told if facts[0] == "scoring the holdout"]
-    assert (scoring[0][1:], scoring[-1][1:]) == ((0, 12), (12, 12))
+    assert (scoring[0][1:], scoring[-1][1:]) == ((0, 6), (6, 6))
 
 
 OWN = frozenset({"Be kind.", "Be brief."})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from feedback.tables import Answer
+from feedback.tables import Answer, AnswerText
 from server.endpoints.bodies import WORKER_BODY_BYTES
 from server.endpoints.internal import until_end_of_turn
 from server.engines.fake import BASE, FakeEngine, Faults, fake_logprobs, fake_tokens
@@ -59,7 +59,10 @@ def test_scores_are_those_of_the_completion_s_tokens_under_the_release_s_weights
     assert written.text.startswith(candidate.signature)
     with sqlite_gateway.database.read() as session:
         rows = session.query(Answer).all()
-    assert [(row.kind, row.trainable) for row in rows] == [("internal", False)]
+        texts = session.query(AnswerText).all()
+    # The answer is counted; what was asked, a person's prompt, is not kept a second time.
+    assert [(row.kind, row.trainable, row.stored) for row in rows] == [("internal", False, False)]
+    assert texts == []
 
 
 def test_what_the_template_renders_otherwise_together_is_not_scored(
