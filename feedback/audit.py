@@ -1,21 +1,28 @@
 """The audit log: who did what, in order, each entry's hash covering the one before.
 
 Owns: the rows of `audit`. Entries are appended and never changed; `verify` names the first one that
-was. What hashes alone cannot show is the removal of the newest entries: keep `head` somewhere else
-to see that too. Does not own: what is worth an entry. Details name things by identifier and never
-hold what people wrote.
+was. Where the process has a `Seal`, an entry's hash is made with a key that the database doesn't
+have, and the newest entry is published to a file: whoever writes into the database alone can
+neither give an altered entry a hash that fits nor cut the end off unseen. Does not own: what is
+worth an entry, where the key comes from. Details name things by identifier and never hold what
+people wrote.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
-from feedback.db import canonical_json, now
+from feedback.audit_head import publish_head, read_head
+from feedback.db import Database, canonical_json, now
 from feedback.tables import AuditEntry
 
 GENESIS_HASH = "0" * 64
@@ -24,6 +31,32 @@ GENESIS_HASH = "0" * 64
 MAX_DETAILS_CHARS = 8_000
 _LOCK = 0x6175646974  # "audit": one appender at a time on PostgreSQL
 _PAGE = 1_000
+
+
+logger = logging.getLogger(__name__)
+
+_SEAL = "audit_seal"  #: in a session's `info`
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What entries are signed with, and where the newest one is published."""
+
+    keys: Mapping[str, bytes] = field(repr=False)  #: by their public names; the first one signs
+    head: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A log in which no entry was altered."""
+
+    entries: int
+    signed_from: int | None  #: the first entry that was signed; None: none was
+
+
+def seal(database: Database, with_: Seal) -> None:
+    """Sign and verify with this in all sessions of a database."""
+    database.info[_SEAL] = with_
 
 
 class AuditBroken(Exception):
@@ -60,6 +93,8 @@ def append(
             f"details of {action!r} on {subject!r} take more than {MAX_DETAILS_CHARS} characters"
         )
     seq, previous_hash = head(session)
+    found: Seal | None = session.info.get(_SEAL)
+    name, key = next(iter(found.keys.items())) if found is not None else (None, None)
     entry = AuditEntry(
         seq=seq + 1,
         at=now(),
@@ -70,11 +105,42 @@ def append(
         subject=subject,
         details=facts,
         previous_hash=previous_hash,
+        signed_by=name,
     )
-    entry.hash = build_hash(entry)
+    entry.hash = build_hash(entry, key)
     session.add(entry)
     session.flush()
+    if found is not None and found.head is not None:
+        _publish_later(session, found.head, entry)
     return entry
+
+
+def _publish_later(session: Session, path: Path, entry: AuditEntry) -> None:
+    """Publish the entry after its commit, where the log still holds what was published before.
+
+    Otherwise the file stays as it is, and with it the proof that something was taken out.
+    """
+    seq, entry_hash, before = entry.seq, entry.hash, read_head(path)
+    if before is not None and before != (seq - 1, entry.previous_hash):
+        there = session.scalar(select(AuditEntry.hash).where(AuditEntry.seq == before[0]))
+        if there != before[1] or before[0] >= seq:
+            logger.error(
+                "The audit log is not the one that was published: run `burnish audit verify`",
+                extra={"action": "audit_altered", "entry": before[0]},
+            )
+            return
+
+    @event.listens_for(session, "after_commit", once=True)
+    def publish(_session: Session) -> None:
+        try:
+            publish_head(path, seq, entry_hash)
+        except OSError:
+            logger.exception("Audit entry not published", extra={"action": "audit_unpublished"})
+
+
+def newest_name(session: Session) -> str | None:
+    """The name of the key that signed the newest entry; None where the newest isn't signed."""
+    return session.scalar(select(AuditEntry.signed_by).order_by(AuditEntry.seq.desc()).limit(1))
 
 
 def head(session: Session) -> tuple[int, str]:
@@ -84,8 +150,11 @@ def head(session: Session) -> tuple[int, str]:
     return (0, GENESIS_HASH) if row is None else (row.seq, row.hash)
 
 
-def build_hash(entry: AuditEntry) -> str:
-    """sha256 over the previous hash and everything that the entry says; 64 hex digits."""
+def build_hash(entry: AuditEntry, key: bytes | None = None) -> str:
+    """Over the previous hash and everything that the entry says; 64 hex digits.
+
+    sha256, or with a key the HMAC of it (RFC 2104).
+    """
     facts = {
         "seq": entry.seq,
         "at": entry.at.isoformat(timespec="microseconds"),
@@ -98,25 +167,30 @@ def build_hash(entry: AuditEntry) -> str:
     if entry.made_by is not None:  # entries of earlier versions have none
         facts["made_by"] = entry.made_by
     said = canonical_json(facts)
-    return hashlib.sha256(f"{entry.previous_hash}\n{said}".encode()).hexdigest()
+    covered = f"{entry.previous_hash}\n{said}".encode()
+    if key is None:
+        return hashlib.sha256(covered).hexdigest()
+    return hmac.new(key, covered, hashlib.sha256).hexdigest()
 
 
-def verify(session: Session) -> int:
-    """The number of entries, when each is what was appended;
+def verify(session: Session) -> Verified:
+    """Read the whole log; AuditBroken with the first entry that is not what was appended.
 
-    AuditBroken with the first that is not.
+    An entry that is altered together with its hash is named itself where it was signed, and
+    otherwise the one before that which no longer fits.
     """
-    seq, expected = 0, GENESIS_HASH
+    found: Seal = session.info.get(_SEAL) or Seal({})
+    published = None if found.head is None else read_head(found.head)
+    seq, expected, signed_from = 0, GENESIS_HASH, None
     for entry in _in_order(session):
         seq += 1
         if entry.seq != seq:
             raise AuditBroken(
                 seq, f"entry {seq} of the audit log is missing, {entry.seq} was found in its place"
             )
-        if entry.hash != build_hash(entry):
-            raise AuditBroken(
-                seq, f"entry {seq} of the audit log ({entry.action} {entry.subject}) was altered"
-            )
+        if signed_from is None and entry.signed_by is not None:
+            signed_from = seq
+        _check_hash(entry, _key_of(entry, found, signed_from))
         if (
             entry.previous_hash != expected
         ):  # whole in itself, so the one before was exchanged together with its hash
@@ -124,8 +198,52 @@ def verify(session: Session) -> int:
             raise AuditBroken(
                 altered, f"entry {altered} of the audit log was altered, its hash with it"
             )
+        if published is not None and published[0] == seq and published[1] != entry.hash:
+            raise AuditBroken(
+                seq,
+                f"entry {seq} of the audit log is not the one that {found.head} names: it, or one "
+                "before it, was altered, its hash with it",
+            )
         expected = entry.hash
-    return seq
+    if published is not None and published[0] > seq:
+        raise AuditBroken(
+            seq + 1,
+            f"entry {seq + 1} of the audit log is missing: the log ends with {seq}, and "
+            f"{found.head} names {published[0]} (after a restored backup: put that file back too)",
+        )
+    if seq and found.keys and signed_from is None:
+        raise AuditBroken(
+            seq, f"entry {seq} of the audit log is not signed, and neither is any before it"
+        )
+    return Verified(seq, signed_from)
+
+
+def _key_of(entry: AuditEntry, found: Seal, signed_from: int | None) -> bytes | None:
+    """The key that an entry was signed with; None for those from before there was one."""
+    if entry.signed_by is None:
+        if signed_from is not None:
+            raise AuditBroken(
+                entry.seq,
+                f"entry {entry.seq} of the audit log is not signed, and entry {signed_from} is: it "
+                "was altered, or something else than Burnish wrote it",
+            )
+        return None
+    if entry.signed_by not in found.keys:
+        raise AuditBroken(
+            entry.seq,
+            f"entry {entry.seq} of the audit log is signed with the secret {entry.signed_by!r}, "
+            f"which is not here ({', '.join(map(repr, found.keys)) or 'none'} is): it was altered, "
+            "or the secret is on another machine",
+        )
+    return found.keys[entry.signed_by]
+
+
+def _check_hash(entry: AuditEntry, key: bytes | None) -> None:
+    if not hmac.compare_digest(entry.hash, build_hash(entry, key)):
+        raise AuditBroken(
+            entry.seq,
+            f"entry {entry.seq} of the audit log ({entry.action} {entry.subject}) was altered",
+        )
 
 
 def list_entries(

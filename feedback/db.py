@@ -186,6 +186,7 @@ class Database:
 
     def __init__(self, url: str, *, pool_size: int = 10) -> None:
         self.url = make_url(url)
+        self.info: dict[str, Any] = {}  #: goes with every session
         if self.is_sqlite:
             self.engine = _create_sqlite_engine(url)
         else:
@@ -214,13 +215,14 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session for reading, at one snapshot."""
-        with Session(self._read_engine, expire_on_commit=False) as session:
+        with Session(self._read_engine, expire_on_commit=False, info=self.info) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session whose block is one write transaction."""
-        with Session(self._write_engine, expire_on_commit=False) as session, session.begin():
+        session = Session(self._write_engine, expire_on_commit=False, info=self.info)
+        with session, session.begin():
             yield session
 
     def dispose(self) -> None:

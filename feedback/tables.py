@@ -412,4 +412,6 @@ class AuditEntry(Base):
     subject: Mapped[str] = mapped_column(index=True)
     details: Mapped[dict[str, Any]] = mapped_column(CanonicalJson, default=dict)
     previous_hash: Mapped[str]
+    #: the name of the key that `hash` was made with; None: of none, as in earlier versions
+    signed_by: Mapped[str | None]
     hash: Mapped[str]

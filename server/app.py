@@ -189,16 +189,17 @@ def serve(settings: Settings) -> int:
     Raises DatabaseUnfit where another gateway has the SQLite file or the schema is of another
     version, BaseModelError.
     """
-    gateway = build_gateway(settings, read_base(settings), Database(settings.database_url))
-    server = GatewayServer(build_config(create_app(gateway), settings), gateway)
-    collect_garbage_rarely()
-    _allow_connections(settings.gateway.max_connections)
+    base, database = read_base(settings), Database(settings.database_url)
     try:
-        check_schema(gateway.database)
-        with sole_gateway(gateway.database):
+        check_schema(database)
+        gateway = build_gateway(settings, base, database)
+        server = GatewayServer(build_config(create_app(gateway), settings), gateway)
+        collect_garbage_rarely()
+        _allow_connections(settings.gateway.max_connections)
+        with sole_gateway(database):
             server.run()
     finally:
-        gateway.database.dispose()
+        database.dispose()
     return 0 if server.started else 1
 
 

@@ -21,7 +21,7 @@ from starlette.routing import Route as HttpRoute
 from feedback.db import new_id, now
 from feedback.errors import BadRequest, Forbidden, NotAuthenticated, NotFound
 from feedback.people import ANONYMOUS, Viewer
-from server.feedback_tokens import TOKEN_PREFIX, Grant, find_secret, read_token
+from server.feedback_tokens import TOKEN_PREFIX, Grant, read_token
 from server.tables import Key
 
 KEY_PREFIX = "sk-burnish-"
@@ -103,6 +103,7 @@ ROUTES: Mapping[tuple[str, str], Scope] = {
     ("GET", "/admin/keys"): Scope.ADMIN,
     ("DELETE", "/admin/keys/{key_id}"): Scope.ADMIN,
     ("GET", "/admin/audit"): Scope.ADMIN,
+    ("GET", "/admin/audit/verify"): Scope.ADMIN,
     ("GET", "/metrics"): Scope.ADMIN,
     ("POST", "/internal/evaluation-slot"): Scope.INTERNAL,
     ("POST", "/internal/evaluation-slot/{token}/beat"): Scope.INTERNAL,
@@ -323,8 +324,8 @@ def revoke_key(session: Session, key_id: str) -> Key:
     return key
 
 
-def load_keyring(session: Session) -> Keyring:
-    """All keys in force."""
+def load_keyring(session: Session, secret: str | None = None) -> Keyring:
+    """All keys in force; `secret` is what feedback tokens are signed with."""
     rows = session.scalars(select(Key).where(Key.revoked_at.is_(None)))
     return Keyring(
         {
@@ -339,5 +340,5 @@ def load_keyring(session: Session) -> Keyring:
             )
             for row in rows
         },
-        find_secret(session),
+        secret,
     )

@@ -1,8 +1,9 @@
 """Feedback tokens: the right to judge one answer, from a browser that has no API key.
 
-Owns: what a token says, how it is signed and read, and the secret. A token is valid on every
-gateway until it expires by the wall clock (UTC), its key is revoked, or the secret is deleted. It
-is stored nowhere. Does not own: what may be done with one (`auth.py`).
+Owns: what a token says, how it is signed and read. A token is valid on every gateway that has the
+same secret until it expires by the wall clock (UTC), its key is revoked, or there is a new secret.
+It is stored nowhere. Does not own: the secret (`signing.py`), what may be done with a token
+(`auth.py`).
 """
 
 from __future__ import annotations
@@ -12,20 +13,12 @@ import binascii
 import hashlib
 import hmac
 import json
-import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
-
-from feedback.db import now
 from feedback.errors import NotAuthenticated
-from server.tables import Secret
 
 TOKEN_PREFIX = "fbt-burnish-"
-SECRET_NAME = "feedback_tokens"
 
 _MOST_CHARACTERS = 2048
 
@@ -67,22 +60,6 @@ def read_token(token: str, secret: str | None, at: datetime) -> Grant:
             f"this feedback token expired at {expired}; ask for another", code="token_expired"
         )
     return grant
-
-
-def find_secret(session: Session) -> str | None:
-    """What tokens are signed with, where it was made."""
-    return session.scalar(select(Secret.value).where(Secret.name == SECRET_NAME))
-
-
-def find_or_create_secret(session: Session) -> str:
-    """What tokens are signed with, made when there is none."""
-    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    session.execute(
-        insert(Secret)
-        .values(name=SECRET_NAME, value=secrets.token_urlsafe(32), created_at=now())
-        .on_conflict_do_nothing(index_elements=["name"])
-    )
-    return session.scalars(select(Secret.value).where(Secret.name == SECRET_NAME)).one()
 
 
 def _signature(payload: bytes, secret: str) -> bytes:

@@ -32,6 +32,7 @@ from server.presence import present
 from server.recorder import Recorder
 from server.routing import Snapshot
 from server.settings import Settings
+from server.signing import Signing, open_signing
 from server.snapshot import Directory
 from server.tracing import Tracer, build_tracer
 from server.writer import writer_lock
@@ -57,6 +58,7 @@ class Gateway:
     fleet: Fleet
     store: AdapterStore
     limits: LimitBook
+    signing: Signing
     figures: Figures = field(default_factory=Figures)
     intake: Intake = field(default_factory=Intake)
     id: str = field(default_factory=lambda: new_id("gw_"))
@@ -134,7 +136,12 @@ async def _logged(work: Coroutine[Any, Any, None]) -> None:
 
 
 def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Gateway:
-    """Wire a gateway; nothing runs before `running`."""
+    """Wire a gateway; nothing runs before `running`.
+
+    Raises DatabaseUnfit where the audit log is signed with a secret that is not here.
+    """
+    with database.read() as session:
+        signing = open_signing(settings, database, session)
     store = AdapterStore(settings.adapters_dir)
     engine = settings.engine
 
@@ -195,7 +202,7 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
                         )
             yield
 
-    directory = Directory(database, base.name, before_flip)
+    directory = Directory(database, base.name, before_flip, signing.tokens)
     recorder = Recorder(
         database,
         settings.data / "dead-letters.jsonl",
@@ -203,8 +210,8 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
         lock=_lock_path(database, "writer"),
         log_level=settings.log_level,
     )
-    limits = LimitBook(Limits(**settings.limits.model_dump()))
-    gateway = Gateway(settings, base, database, recorder, directory, fleet, store, limits)
+    limits = LimitBook(Limits(**settings.limits.model_dump(exclude={"unfinished_jobs"})))
+    gateway = Gateway(settings, base, database, recorder, directory, fleet, store, limits, signing)
     if settings.tracing.enabled:
         gateway.tracer = build_tracer(gateway.id)
     return gateway

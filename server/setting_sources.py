@@ -38,7 +38,7 @@ NOT_SETTINGS = frozenset(
 trainer's.
 """
 
-SECRETS = frozenset({"bootstrap_key", "engine.api_key", "worker.api_key"})
+SECRETS = frozenset({"secret", "bootstrap_key", "engine.api_key", "worker.api_key"})
 LONGEST_SHOWN = 80  #: characters of a value that a message repeats
 
 S = TypeVar("S", bound=BaseSettings)

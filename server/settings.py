@@ -259,6 +259,11 @@ class LimitSettings(Section):
     concurrent_requests: int | None = Field(
         default=None, ge=1, description="Requests that run at once; default: no limit."
     )
+    unfinished_jobs: int | None = Field(
+        default=50,
+        ge=1,
+        description="Jobs of one user that wait, run or are paused.",
+    )
 
 
 class TracingSettings(Section):
@@ -303,6 +308,10 @@ class Settings(BaseSettings):
         default="assistant",
         pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$",
         description="Name of the deployment made on the first start.",
+    )
+    secret: Secret | None = Field(
+        default=None,
+        description="What feedback tokens and the audit log are signed with; default: DATA/secret.",
     )
     bootstrap_key: Secret | None = Field(
         default=None, description="First admin key, instead of a random one."

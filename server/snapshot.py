@@ -101,13 +101,15 @@ class Directory:
         database: Database,
         base_model: str,
         before_flip: Callable[[Snapshot], AbstractAsyncContextManager[None]] | None = None,
+        token_secret: str | None = None,
     ) -> None:
         self._database = database
         self._before_flip = before_flip
         self._served: dict[str, None] = {}
         self._lock = asyncio.Lock()
         self.snapshot = Snapshot(base_model=base_model)
-        self.keyring = Keyring({})
+        self._token_secret = token_secret
+        self.keyring = Keyring({}, token_secret)
 
     async def refresh(self) -> None:
         """Read everything again;
@@ -135,7 +137,7 @@ class Directory:
     def _load(self) -> tuple[Snapshot, Keyring]:
         with self._database.read() as session:
             snapshot = load_snapshot(session, self.snapshot.base_model, tuple(self._served))
-            return snapshot, load_keyring(session)
+            return snapshot, load_keyring(session, self._token_secret)
 
     async def follow(self, interval_seconds: float) -> None:
         """Refresh for ever; a database that is away leaves the last picture in force."""

@@ -1,4 +1,4 @@
-"""Tables of the gateway: keys, its secrets, and requests that may be repeated."""
+"""Tables of the gateway: keys, and requests that may be repeated."""
 
 from __future__ import annotations
 
@@ -28,16 +28,6 @@ class Key(Base):
     created_by_key: Mapped[str | None]  #: the key that this user had
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-
-
-class Secret(Base):
-    """What the gateways sign with. A deleted one is made anew; nothing signed with it holds."""
-
-    __tablename__ = "secrets"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    value: Mapped[str]
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
 
 class IdempotentRequest(Base):

@@ -23,8 +23,8 @@ from feedback.db import Database, DatabaseUnfit
 from feedback.errors import BadRequest, Conflict
 from server.auth import Scope, create_key, hash_key
 from server.children import write_private_json
-from server.feedback_tokens import find_or_create_secret
 from server.settings import Settings
+from server.signing import attach, get_signing, open_signing, renew_secret
 from server.tables import Key
 from tuner.base_models import BaseModel
 from tuner.releases import create_deployment, get_release, list_deployments
@@ -51,7 +51,9 @@ class Upgraded:
     deployment: str | None = None
 
 
-def upgrade(settings: Settings, database: Database, base: BaseModel, *, url: str) -> Upgraded:
+def upgrade(
+    settings: Settings, database: Database, base: BaseModel, *, url: str, new_secret: bool = False
+) -> Upgraded:
     """Bring schema, keys and the first deployment to what a gateway needs; `url` is its address.
 
     Raises UpgradeError where a deployment stands on another base than the engine serves, or a newer
@@ -61,9 +63,9 @@ def upgrade(settings: Settings, database: Database, base: BaseModel, *, url: str
     migrate(database)
     with database.write() as session:
         _wait_for_others(database, session)
+        _sign(settings, database, session, anew=new_secret)
         deployment = _first_deployment(session, settings, base)
         _internal_key(session, settings)
-        find_or_create_secret(session)
         admin_key = _first_admin_key(session, settings)
         if admin_key is not None:
             # Before the commit: a key that stands nowhere could never be used.
@@ -128,11 +130,23 @@ def _wait_for_others(database: Database, session: Session) -> None:
 
 def recover_admin_key(settings: Settings, database: Database, *, url: str) -> str:
     """A new admin key, for whoever lost theirs and may read the data directory."""
+    attach(database, get_signing(settings))
     with database.write() as session:
         key, token = create_key(session, user=ADMIN_USER, scopes=[Scope.ADMIN], name="recovered")
         audit.append(session, actor="local", action="key_recovered", subject=key.id)
         write_private_json(settings.data / "credentials", {"url": url, "api_key": token})
     return token
+
+
+def _sign(settings: Settings, database: Database, session: Session, *, anew: bool) -> None:
+    """Sign what is done from now on, and have the audit log say since when."""
+    if anew:
+        signing = attach(database, renew_secret(settings))
+    else:
+        signing = open_signing(settings, database, session)
+    session.info.update(database.info)  # this session is older than the secret
+    if audit.newest_name(session) != signing.name:
+        audit.append(session, actor="local", action="audit_signed", subject=signing.name)
 
 
 def _first_deployment(session: Session, settings: Settings, base: BaseModel) -> str | None:

@@ -107,6 +107,7 @@ class WorkerOptions:
     lease_seconds: float = 30.0
     poll_seconds: float = 1.0
     max_attempts: int = 3
+    seal: audit.Seal | None = None  #: what entries of the audit log are signed with
     trainer: Sequence[str] = TRAINER  #: command of the child; the configuration's path is appended
 
 
@@ -538,6 +539,8 @@ def run_worker(options: WorkerOptions) -> None:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     database = Database(options.database_url)
+    if options.seal is not None:
+        audit.seal(database, options.seal)
     try:
         with GatewayClient(options.gateway_url, options.api_key, stopped=stopping) as client:
             Worker(database, options, client, stopping=stopping).run()

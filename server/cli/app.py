@@ -53,7 +53,7 @@ def fail(message: str, code: int = REFUSED) -> NoReturn:
 
 
 @contextmanager
-def one_sentence(settings: Settings) -> Iterator[None]:
+def one_sentence(settings: Settings, code: int = REFUSED) -> Iterator[None]:
     """End a local command with one sentence where the model, the database or a file is amiss."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
@@ -65,18 +65,18 @@ def one_sentence(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (DatabaseUnfit, BaseModelError, UpgradeError) as error:
-        fail(str(error))
+        fail(str(error), code)
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("psycopg"):
             raise
-        fail("PostgreSQL needs the package psycopg: `pip install -e .[postgres]`")
+        fail("PostgreSQL needs the package psycopg: `pip install -e .[postgres]`", code)
     except SQLAlchemyError as error:
         shown = make_url(settings.database_url).render_as_string(hide_password=True)
         said = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        fail(f"the database {shown} can't be used: {said}; see the setting database.url")
+        fail(f"the database {shown} can't be used: {said}; see the setting database.url", code)
     except OSError as error:
         where = "" if error.filename is None else f" {str(error.filename)!r}"
-        fail(f"{error.strerror or error}{where}")
+        fail(f"{error.strerror or error}{where}", code)
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def end_on_hangup() -> None:
 def worker(data: Data = None) -> None:
     """Run a worker alone: data sets, tuning, evaluations."""
     from server.logs import configure_logging
+    from server.signing import get_signing
     from server.supervisor import local_url
     from server.upgrade import read_internal_key
     from tuner.worker import WorkerOptions, run_worker
@@ -109,6 +110,8 @@ def worker(data: Data = None) -> None:
             "no internal key: run `burnish db upgrade`, which writes "
             f"{settings.run_dir / 'internal.key'}, or set worker.api_key"
         )
+    with one_sentence(settings):
+        signing = get_signing(settings)
     cpus = len(os.sched_getaffinity(0))
     options = WorkerOptions(
         database_url=settings.database_url,
@@ -123,6 +126,7 @@ def worker(data: Data = None) -> None:
         lease_seconds=settings.worker.lease_seconds,
         poll_seconds=settings.worker.poll_seconds,
         max_attempts=settings.worker.max_attempts,
+        seal=signing.seal,
     )
     with one_sentence(settings):
         run_worker(options)
@@ -132,6 +136,9 @@ def worker(data: Data = None) -> None:
 def upgrade(
     data: Data = None,
     print_key: Annotated[bool, typer.Option(help="Print the first admin key.")] = True,
+    new_secret: Annotated[
+        bool, typer.Option("--new-secret", help="Sign with a new secret from now on.")
+    ] = False,
 ) -> None:
     """Bring the schema up to date; make keys and the first deployment where they are missing."""
     from feedback.db import Database
@@ -143,7 +150,13 @@ def upgrade(
     prepare_data(settings)
     with one_sentence(settings):
         database = Database(settings.database_url)
-        done = run_upgrade(settings, database, read_base(settings), url=local_url(settings))
+        done = run_upgrade(
+            settings,
+            database,
+            read_base(settings),
+            url=local_url(settings),
+            new_secret=new_secret,
+        )
         database.dispose()
     _tell(done, settings, print_key)
 

@@ -11,12 +11,14 @@ import typer
 from server.cli import local
 from server.cli.app import (
     REFUSED,
+    UNREACHABLE,
     AsJson,
     Data,
     api,
     app,
     console,
     fail,
+    one_sentence,
     show_facts,
     show_json,
     show_table,
@@ -494,16 +496,21 @@ def verify_audit(data: Data = None) -> None:
     from feedback.audit import AuditBroken, verify
     from feedback.db import Database
     from server.settings import load_settings
+    from server.signing import attach, get_signing
 
-    database = Database(load_settings(data=data).database_url)
-    try:
-        with database.read() as session:
-            count = verify(session)
-    except AuditBroken as broken:
-        fail(str(broken))
-    finally:
-        database.dispose()
-    console.print(f"{count} entries, none altered", markup=False)
+    settings = load_settings(data=data)
+    with one_sentence(settings, UNREACHABLE):  # 1 is for a log that was altered
+        database = Database(settings.database_url)
+        try:
+            attach(database, get_signing(settings))
+            with database.read() as session:
+                found = verify(session)
+        except AuditBroken as broken:
+            fail(str(broken))
+        finally:
+            database.dispose()
+    signed = f"signed from {found.signed_from} on" if found.signed_from else "none signed"
+    console.print(f"{found.entries} entries, none altered, {signed}", markup=False)
 
 
 @app.command()

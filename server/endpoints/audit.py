@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from typing_extensions import TypedDict
 
-from feedback.audit import list_entries
+from feedback.audit import AuditBroken, list_entries, verify
 from feedback.tables import AuditEntry
 from server.access import check_unlimited
 from server.endpoints.fields import Limit, Page, page
@@ -29,7 +29,19 @@ class AuditObject(TypedDict):
     subject: str
     details: dict[str, Any]
     previous_hash: str
+    signed_by: str | None  # the name of the secret that the hash was made with
     hash: str
+
+
+class AuditVerification(TypedDict):
+    """What reading the whole log has found."""
+
+    object: Literal["audit.verification"]
+    whole: bool
+    entries: int | None
+    signed_from: int | None  # entries before it are of versions that did not sign
+    altered: int | None  # the first entry that was altered, added or taken out
+    message: str | None
 
 
 @router.get("/admin/audit")
@@ -47,6 +59,30 @@ def list_audit(
     return page([_entry(row) for row in rows], has_more)
 
 
+@router.get("/admin/audit/verify")
+def verify_audit(caller: CallerDep, session: ReadSession) -> AuditVerification:
+    """Read the whole log, and name the first entry that is not what was written."""
+    check_unlimited(caller, "the audit log")
+    try:
+        found = verify(session)
+    except AuditBroken as broken:
+        return _verification(None, None, broken.seq, str(broken))
+    return _verification(found.entries, found.signed_from, None, None)
+
+
+def _verification(
+    entries: int | None, signed_from: int | None, altered: int | None, message: str | None
+) -> AuditVerification:
+    return {
+        "object": "audit.verification",
+        "whole": altered is None,
+        "entries": entries,
+        "signed_from": signed_from,
+        "altered": altered,
+        "message": message,
+    }
+
+
 def _entry(row: AuditEntry) -> AuditObject:
     return {
         "id": row.seq,
@@ -59,5 +95,6 @@ def _entry(row: AuditEntry) -> AuditObject:
         "subject": row.subject,
         "details": row.details,
         "previous_hash": row.previous_hash,
+        "signed_by": row.signed_by,
         "hash": row.hash,
     }

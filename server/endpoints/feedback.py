@@ -27,7 +27,7 @@ from server.access import append_audit
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.fields import Deleted, Limit, Name, Page, one_of, page, unix
-from server.feedback_tokens import Grant, find_or_create_secret, sign
+from server.feedback_tokens import Grant, sign
 from server.policies import curation_policy
 from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
 from tuner.tables import Deployment
@@ -161,7 +161,7 @@ async def make_token(body: TokenCreate, caller: CallerDep, gateway: GatewayDep) 
     """A token that judges one answer in the place of a key, for a browser."""
     expires_at = int(time.time()) + body.expires_in_seconds
 
-    def sign_token() -> tuple[str, str]:
+    def sign_token() -> str:
         with gateway.database.write() as session:
             editor = caller.editor()
             answer = get_answer(session, body.completion_id, editor)
@@ -169,12 +169,9 @@ async def make_token(body: TokenCreate, caller: CallerDep, gateway: GatewayDep) 
             if person_id is None:
                 person_id = speaker_of(session, editor, answer.person_id)
             grant = Grant(answer.id, person_id, caller.key.id, expires_at)
-            secret = find_or_create_secret(session)
-            return sign(grant, secret), secret
+            return sign(grant, gateway.signing.tokens)
 
-    token, secret = await asyncio.to_thread(sign_token)
-    if gateway.directory.keyring.secret != secret:
-        await gateway.directory.refresh()
+    token = await asyncio.to_thread(sign_token)
     return {"object": "feedback.token", "token": token, "expires_at": expires_at}
 
 

@@ -38,6 +38,7 @@ LISTS: dict[Route, tuple[str, ...]] = {
 OF_NOBODY = {
     ("GET", "/admin/whoami"),
     ("GET", "/admin/audit"),
+    ("GET", "/admin/audit/verify"),
     ("GET", "/metrics"),
     ("POST", "/admin/deployments"),
     ("POST", "/v1/files"),  # a form, of no deployment

@@ -6,9 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from feedback.db import Database
 from feedback.errors import NotAuthenticated
-from server.feedback_tokens import Grant, find_or_create_secret, find_secret, read_token, sign
+from server.feedback_tokens import Grant, read_token, sign
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 GRANT = Grant("chatcmpl-1", "person_1", "key_1", int(AT.timestamp()) + 60)
@@ -34,12 +33,3 @@ def test_an_altered_token_and_another_secret_are_refused() -> None:
     for secret in ("other", None):
         with pytest.raises(NotAuthenticated):
             read_token(token, secret, AT)
-
-
-def test_the_secret_is_made_once(database: Database) -> None:
-    with database.write() as session:
-        assert find_secret(session) is None
-        made = find_or_create_secret(session)
-    with database.write() as session:
-        assert find_or_create_secret(session) == made
-        assert find_secret(session) == made

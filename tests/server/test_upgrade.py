@@ -154,7 +154,7 @@ def test_a_first_upgrade_makes_what_a_gateway_needs(empty: Database, tmp_path: P
         assert keyring.authenticate(f"Bearer {made.admin_key}").scopes == {Scope.ADMIN}
         internal = keyring.authenticate(f"Bearer {read_internal_key(settings)}")
         assert internal.scopes == {Scope.INTERNAL}
-        assert audit.verify(session) == 2
+        assert audit.verify(session) == audit.Verified(3, 1)
     assert _mode(settings.run_dir / "internal.key") == 0o600
     assert _mode(settings.data / "credentials") == 0o600
     assert _mode(settings.run_dir) == 0o700

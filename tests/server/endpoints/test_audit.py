@@ -31,3 +31,20 @@ def test_a_key_that_is_limited_to_deployments_does_not_read_it(
 ) -> None:
     limited = sqlite_gateway.client(sqlite_gateway.key("bo", "admin", deployments=["assistant"]))
     assert limited.get("/admin/audit").status_code == 403
+    assert limited.get("/admin/audit/verify").status_code == 403
+
+
+def test_the_log_is_verified_and_what_was_altered_is_named(sqlite_gateway: RunningGateway) -> None:
+    admin = sqlite_gateway.client()
+    for user in ("anna", "bea"):
+        admin.post("/admin/keys", json={"user": user, "scopes": ["chat"]})
+    whole = admin.get("/admin/audit/verify").json()
+    assert (whole["whole"], whole["entries"], whole["signed_from"]) == (True, 2, 1)
+
+    with sqlite_gateway.database.write() as session:
+        entry = audit.list_entries(session)[0][1]
+        entry.actor = "eve"
+        entry.hash = audit.build_hash(entry)
+    found = admin.get("/admin/audit/verify").json()
+    assert (found["whole"], found["altered"]) == (False, 1)
+    assert "entry 1 of the audit log (key_created" in found["message"]
