@@ -3,13 +3,17 @@
 Owns: the rows of `idempotent_requests`, and the rules. The first request with a key runs and leaves
 its reply; the same request again gets that reply; another request under the key is refused. Only
 replies of success are kept, for a day: what failed may be tried again. A request whose gateway
-died leaves a row that still says `running`; its next copy takes over when it has shown no sign of
-life for a minute. Does not own: how a reply is caught (`endpoints/bodies.py`).
+died leaves a row that still says `running`; a copy takes over when another copy, a minute before by
+this process's own clock, found the same last sign of life. Does not own: how a reply is caught
+(`endpoints/bodies.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,10 +31,12 @@ HEADER = "idempotency-key"
 REPLAYED_HEADER = "idempotent-replayed"
 
 KEPT = timedelta(hours=24)
-STALLED = timedelta(seconds=60)
+KEPT_RUNNING = timedelta(days=7)  #: of a dead gateway, where no copy came
+STALLED_SECONDS = 60.0
 BEAT_SECONDS = 15.0
 
 _MOST_REMOVED = 500  #: in one transaction
+_MOST_WATCHED = 10_000
 _ROUTES = frozenset({"/v1/feedback", "/v1/comparisons", "/v1/fine_tuning/jobs"})
 _SHOWN_ONCE = ("key", "token")
 
@@ -52,6 +58,34 @@ class Reply:
 
     status: int
     body: Any
+
+
+class Watch:
+    """Tells which running requests have shown no sign of life, by a clock that never jumps.
+
+    Of a sign it is only seen whether it is another one: the times of other machines, and this one's
+    before its clock was set, mean nothing here.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._seen: dict[tuple[str, str], tuple[tuple[str, datetime], float]] = {}
+        self._lock = threading.Lock()
+
+    def has_stalled(self, row: IdempotentRequest) -> bool:
+        """Whether the same sign was seen `STALLED_SECONDS` ago, or earlier."""
+        name, sign, at = (row.caller, row.key), (row.owner, row.beat_at), self._monotonic()
+        with self._lock:
+            before = self._seen.get(name)
+            if before is not None and before[0] == sign:
+                return at - before[1] >= STALLED_SECONDS
+            self._seen[name] = (sign, at)
+            if len(self._seen) > _MOST_WATCHED:
+                del self._seen[next(iter(self._seen))]
+        return False
+
+
+_WATCH = Watch()  #: this process's
 
 
 def takes_key(method: str, path: str) -> bool:
@@ -76,7 +110,9 @@ def build_attempt(caller: str, key: str, method: str, path: str, body: bytes) ->
     )
 
 
-def begin(session: Session, attempt: Attempt, *, at: datetime | None = None) -> Reply | None:
+def begin(
+    session: Session, attempt: Attempt, *, at: datetime | None = None, watch: Watch = _WATCH
+) -> Reply | None:
     """Take the key; None when the request is now the caller's to run, else what to answer.
 
     Raises BadRequest for another request under the key, StillRunning.
@@ -109,7 +145,7 @@ def begin(session: Session, attempt: Attempt, *, at: datetime | None = None) -> 
     ).one_or_none()
     if row is None:
         raise StillRunning("the first request with this Idempotency-Key just failed; try again")
-    is_old = row.created_at <= at - KEPT
+    is_old = row.status is not None and row.created_at <= at - KEPT
     if not is_old and (row.route, row.body_sha256) != (attempt.route, attempt.body_sha256):
         raise BadRequest(
             f"the Idempotency-Key {attempt.key[:80]!r} was used for another request; give each "
@@ -119,11 +155,11 @@ def begin(session: Session, attempt: Attempt, *, at: datetime | None = None) -> 
         )
     if not is_old and row.status is not None:
         return Reply(row.status, row.reply)
-    if not is_old and row.beat_at > at - STALLED:
+    if not is_old and not watch.has_stalled(row):
         raise StillRunning("the first request with this Idempotency-Key is still running")
     row.route, row.body_sha256, row.owner = attempt.route, attempt.body_sha256, attempt.owner
     row.status, row.reply, row.beat_at = None, None, at
-    row.created_at = at if is_old else row.created_at
+    row.created_at = at
     return None
 
 
@@ -165,11 +201,15 @@ def _own(attempt: Attempt) -> tuple[Any, ...]:
 
 
 def _remove_old(session: Session, at: datetime) -> None:
-    """Remove rows that are older than a day, the oldest first."""
+    """Remove replies that are older than a day, and what never got one, the oldest first."""
     # PostgreSQL: rows that another request holds are left to the next one.
     old = (
         select(IdempotentRequest.caller, IdempotentRequest.key)
-        .where(IdempotentRequest.created_at <= at - KEPT)
+        .where(
+            IdempotentRequest.created_at <= at - KEPT,
+            IdempotentRequest.status.is_not(None)
+            | (IdempotentRequest.created_at <= at - KEPT_RUNNING),
+        )
         .order_by(IdempotentRequest.created_at)
         .limit(_MOST_REMOVED)
         .with_for_update(skip_locked=True)

@@ -16,10 +16,19 @@ from feedback.errors import BadRequest
 from feedback.tables import AuditEntry, Judgement
 from server import idempotency
 from server.errors import StillRunning
-from server.idempotency import Attempt, Reply, build_attempt
+from server.idempotency import Attempt, Reply, Watch, build_attempt
 from server.tables import IdempotentRequest, Key
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer
+
+
+class Clock:
+    """Stands still until a test moves it."""
+
+    at = 0.0
+
+    def __call__(self) -> float:
+        return self.at
 
 
 def attempt(key: str = "k", body: bytes = b"{}", caller: str = "key_1") -> Attempt:
@@ -69,12 +78,17 @@ def test_what_failed_and_what_is_a_day_old_runs_anew(database: Database) -> None
 def test_a_request_without_a_sign_of_life_is_taken_over_and_writes_nothing_any_more(
     database: Database,
 ) -> None:
-    dead = attempt()
-    begin(database, dead, at=now() - timedelta(seconds=61))
+    dead, clock = attempt(), Clock()
+    watch = Watch(monotonic=clock)
+    begin(database, dead, watch=watch)
     with pytest.raises(BadRequest):
-        begin(database, attempt(body=b"[]"))
+        begin(database, attempt(body=b"[]"), watch=watch)
     heir = attempt()
-    assert begin(database, heir) is None
+    for clock.at in (0.0, 59.9):
+        with pytest.raises(StillRunning):
+            begin(database, heir, watch=watch)
+    clock.at = 60.0
+    assert begin(database, heir, watch=watch) is None
     with database.write() as session:
         idempotency.keep(session, dead, Reply(200, "dead"))
         idempotency.give_up(session, dead)
@@ -83,12 +97,14 @@ def test_a_request_without_a_sign_of_life_is_taken_over_and_writes_nothing_any_m
 
 
 def test_a_beat_keeps_others_away(database: Database) -> None:
-    slow = attempt()
-    begin(database, slow, at=now() - timedelta(seconds=61))
-    with database.write() as session:
-        idempotency.beat(session, slow)
-    with pytest.raises(StillRunning):
-        begin(database, attempt())
+    slow, clock = attempt(), Clock()
+    watch = Watch(monotonic=clock)
+    begin(database, slow, watch=watch)
+    for clock.at in (0.0, 60.0):
+        with pytest.raises(StillRunning):
+            begin(database, attempt(), watch=watch)
+        with database.write() as session:
+            idempotency.beat(session, slow)
 
 
 def test_of_many_copies_at_once_one_runs(database: Database) -> None:
