@@ -13,10 +13,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback import audit
-from feedback.errors import Forbidden, NotFound
+from feedback.errors import Forbidden, NotFound, RateLimited
 from feedback.tables import Dataset, File
 from server.auth import Caller, Scope, list_makers
+from server.settings import Settings
+from tuner.jobs import count_unfinished
 from tuner.tables import Adapter, Deployment, Evaluation, Job, Release
+
+_JOB_SECONDS = 60  #: about what the shortest job takes
 
 
 def sees(caller: Caller, deployment: str | None) -> bool:
@@ -122,6 +126,20 @@ def get_job(session: Session, caller: Caller, job_id: str, *, kind: str | None =
     if row is None or not sees(caller, row.deployment) or kind not in (None, row.kind):
         raise _unknown("job", job_id, "jobs", None)
     return row
+
+
+def check_job_quota(session: Session, caller: Caller, settings: Settings) -> None:
+    """Raises RateLimited where as many of the caller's jobs are unfinished as may be."""
+    most = settings.limits.unfinished_jobs
+    if most is None:
+        return
+    there = count_unfinished(session, caller.person_id)
+    if there >= most:
+        raise RateLimited(
+            f"{there} jobs of {caller.key.user!r} wait, run or are paused, and "
+            f"limits.unfinished_jobs is {most}: wait until one has ended, or cancel one",
+            retry_after_seconds=_JOB_SECONDS,
+        )
 
 
 def append_audit(

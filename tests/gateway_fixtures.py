@@ -31,7 +31,13 @@ from server.engines.fake import BASE as BASE_SIGNATURE
 from server.engines.fake import FakeEngine, fake_logprobs, fake_signature
 from server.engines.process import free_port
 from server.gateway import Gateway, build_gateway, sole_gateway
-from server.settings import EngineSettings, GatewaySettings, Settings, TracingSettings
+from server.settings import (
+    EngineSettings,
+    GatewaySettings,
+    LimitSettings,
+    Settings,
+    TracingSettings,
+)
 from tests.tiny_adapters import TARGET_MODULES, build_tiny_adapter
 from tuner.adapters import AdapterStore, adapter_id, build_adapter_config
 from tuner.base_models import BaseModel
@@ -212,6 +218,7 @@ def start_gateway(
     engines: Sequence[EngineAddress],
     *,
     tracing: bool = False,
+    limits: LimitSettings | None = None,
     **options: Any,
 ) -> Iterator[RunningGateway]:
     """Serve a gateway over `engines` until the block ends; `options` are gateway settings."""
@@ -224,6 +231,7 @@ def start_gateway(
             max_loras=MAX_LORAS,
         ),
         gateway=GatewaySettings(**{"refresh_seconds": 0.1, "writer": "thread", **options}),
+        limits=limits or LimitSettings(),
         tracing=TracingSettings(enabled=tracing),
     )
     settings.run_dir.mkdir(parents=True, exist_ok=True)

@@ -101,6 +101,13 @@ def get_job(session: Session, job_id: str) -> Job:
     return job
 
 
+def count_unfinished(session: Session, person_id: str) -> int:
+    """How many jobs of this person wait, run or are paused."""
+    unfinished = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.PAUSED)
+    query = select(func.count()).where(Job.person_id == person_id, Job.status.in_(unfinished))
+    return session.scalar(query) or 0
+
+
 def list_jobs(
     session: Session,
     *,

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from feedback import datasets
 from feedback.tables import DatasetStatus
-from server.access import append_audit, get_dataset, get_deployment, reach
+from server.access import append_audit, check_job_quota, get_dataset, get_deployment, reach
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.fields import Limit, Name, Page, one_of, page
@@ -107,6 +107,7 @@ def _create(gateway: Gateway, caller: Caller, body: DatasetCreate) -> str:
     with gateway.database.write() as session:
         deployment = get_deployment(session, caller, body.deployment, param="deployment")
         policy = curation_policy(deployment, body.policy)
+        check_job_quota(session, caller, gateway.settings)
         user = caller.key.user
         dataset = datasets.create_dataset(session, deployment.name, policy, created_by=user)
         job = create_freeze_job(

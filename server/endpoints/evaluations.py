@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
-from server.access import append_audit, get_evaluation, get_release, reach
+from server.access import append_audit, check_job_quota, get_evaluation, get_release, reach
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.datasets import WaitSeconds
@@ -120,6 +120,7 @@ def _create(gateway: Gateway, caller: Caller, body: EvaluationCreate) -> str:
     with gateway.database.write() as session:
         release = get_release(session, caller, body.release, param="release")
         baseline = body.baseline and get_release(session, caller, body.baseline, param="baseline")
+        check_job_quota(session, caller, gateway.settings)
         row, job = evaluations.create_evaluation(
             session,
             release,

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest
-from server.access import append_audit, get_dataset, get_file, get_job, sees
+from server.access import append_audit, check_job_quota, get_dataset, get_file, get_job, sees
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.fields import Name, Page, one_of, page, unix
@@ -171,6 +171,7 @@ def create_job(
     validation_file = body.validation_file
     if validation_file is not None and not validation_file.startswith("ds_"):
         get_file(session, caller, validation_file, param="validation_file")
+    check_job_quota(session, caller, gateway.settings)
     job = create_tuning_job(
         session,
         deployment,

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from tests.gateway_fixtures import RunningGateway
+from pathlib import Path
+
+from sqlalchemy import update
+
+from feedback.db import Database
+from server.engines.fake import FakeEngine
+from server.settings import LimitSettings
+from tests.gateway_fixtures import RunningGateway, start_gateway
 from tests.rows import add_deployment
 from tuner import jobs
-from tuner.tables import JobKind
+from tuner.tables import Job, JobKind, JobStatus
 
 
 def test_jobs_are_listed_by_kind_status_and_deployment(sqlite_gateway: RunningGateway) -> None:
@@ -43,3 +50,32 @@ def test_a_failed_job_says_why(sqlite_gateway: RunningGateway) -> None:
     assert (shown["status"], shown["spec"], shown["result"]) == ("failed", {"n": 1}, {})
     assert shown["error"] == {"code": "disk_full", "message": "no space left"}
     assert shown["finished_at"] >= shown["started_at"] >= shown["created_at"]
+
+
+def test_of_one_user_a_bounded_number_of_jobs_is_unfinished(
+    sqlite_database: Database, gateway_engine: FakeEngine, tmp_path: Path
+) -> None:
+    limits = LimitSettings(unfinished_jobs=2)
+    with start_gateway(
+        sqlite_database, tmp_path / "data", [gateway_engine.address], limits=limits
+    ) as gateway:
+        first, second = (gateway.client(gateway.key("cu", "curate", "tune")) for _ in range(2))
+        freeze = {"deployment": "assistant", "wait_seconds": 0}
+        made = [client.post("/admin/datasets", json=freeze) for client in (first, second)]
+        assert [reply.status_code for reply in made] == [202, 202]
+        release = gateway.candidate(1).name
+        tuning = {"model": "assistant", "training_file": made[0].json()["id"]}
+        for path, body in (
+            ("/admin/datasets", freeze),
+            ("/admin/evaluations", {"release": release}),
+            ("/v1/fine_tuning/jobs", tuning),
+        ):
+            refused = first.post(path, json=body)
+            assert refused.status_code == 429, (path, refused.text)
+            assert "2 jobs of 'cu' wait" in refused.json()["error"]["message"]
+            assert refused.headers["retry-after"] == "60"
+        other = gateway.client(gateway.key("bo", "curate"))
+        assert other.post("/admin/datasets", json=freeze).status_code == 202
+        with sqlite_database.write() as session:
+            session.execute(update(Job).values(status=JobStatus.SUCCEEDED))
+        assert first.post("/admin/datasets", json=freeze).status_code == 202
