@@ -385,8 +385,12 @@ class Fleet:
         """Unload what nothing needs: no role, no lease, no running request."""
         for member in list(self.members.values()):
             async with member.lock:
-                for name in self._evictable(member):
-                    await self._unload(member, name)
+                try:
+                    # Looked at anew after each: a request may have taken hold of one meanwhile.
+                    while evictable := self._evictable(member):
+                        await self._unload(member, evictable[0])
+                except EngineError as error:
+                    self.suspect(member, str(error))
 
     async def _ensure(
         self, member: Member, release: Weights, *, tolerate_noise: bool = False
@@ -487,12 +491,16 @@ class Fleet:
         return proof
 
     async def _unload(self, member: Member, name: str) -> None:
+        # Out of the mirror first: nothing is routed to what is on its way out.
+        member.loaded.pop(name, None)
         try:
             await member.engine.unload(name)
-        except EngineRefused as error:
-            if error.status != 404:  # an unknown name is what was wanted
+        except EngineError as error:
+            # An unknown name is what was wanted; after any other answer it may still be there.
+            if not (isinstance(error, EngineRefused) and error.status == 404):
+                member.loaded[name] = None
+                member.loaded.move_to_end(name, last=False)
                 raise
-        member.loaded.pop(name, None)
         logger.info(
             "Adapter unloaded",
             extra={"action": "adapter_unloaded", "engine": member.id, "adapter": name},
@@ -781,7 +789,9 @@ async def _read(source: Callable[[str], T], key: str, release: Weights) -> T:
     try:
         return await asyncio.to_thread(source, key)
     except OSError as error:
-        raise Unfit(f"{release.name}: {error}", code="adapter_missing") from None
+        # Without the path that the system's own errors name: callers read it.
+        why = error.strerror or error
+        raise Unfit(f"{release.name}: {why}", code="adapter_missing") from None
 
 
 def managed_address(run_dir: Path) -> list[EngineAddress]:

@@ -60,6 +60,8 @@ class SlotsEngine:
         self.applies = True
         self.probes = 0
         self.asked_to_load = asyncio.Event()
+        self.unloading: asyncio.Event | None = None
+        self.asked_to_unload = asyncio.Event()
         self.loading: asyncio.Event | None = None
         self.restart()
 
@@ -87,6 +89,9 @@ class SlotsEngine:
         self.slots.load(name, path if self.applies else BASE)
 
     async def unload(self, name: str) -> None:
+        self.asked_to_unload.set()
+        if self.unloading is not None:
+            await self.unloading.wait()
         if self.slots.served.pop(name, None) is None:
             raise EngineRefused(404, "cannot be found")
 
@@ -153,6 +158,13 @@ class World:
         with self.fleet.keep(release):
             await self.fleet.prepare(release)
             self.roles = [release, self.roles[0]]
+        await self.fleet.trim()
+
+    async def canary(self, number: int) -> None:
+        release = Weights(number)
+        with self.fleet.keep(release):
+            await self.fleet.prepare(release)
+            self.roles = [*(self.roles * 2)[:2], release]
         await self.fleet.trim()
 
 
@@ -231,6 +243,43 @@ async def test_what_a_request_holds_is_unloaded_by_no_trim_and_no_other_pin() ->
     hold.end()  # once is enough, and twice is no more
     await world.fleet.trim()
     assert world.member.loaded == {}
+
+
+async def test_a_pin_during_the_unloading_of_its_release_waits_and_loads_it_again() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    await world.fleet.prepare(Weights(1))
+    await world.fleet.prepare(Weights(2))
+    engine, hold, kept = world.engines[0], world.fleet.holding(), world.fleet.holding()
+    engine.unloading = asyncio.Event()
+    trimming = asyncio.create_task(world.fleet.trim())
+    async with asyncio.timeout(5):
+        await engine.asked_to_unload.wait()
+        assert not world.fleet.serves(Weights(1))
+        await world.fleet.pin(Weights(2), kept)  # not yet unloaded, and now it stays
+        pinning = asyncio.create_task(world.fleet.pin(Weights(1), hold))
+        engine.unloading.set()
+        await trimming
+        await pinning
+    assert world.fleet.serves(Weights(1))
+    assert world.fleet.serves(Weights(2))
+    assert set(world.member.loaded) == set(engine.slots.served)
+
+
+async def test_an_engine_that_cannot_unload_keeps_the_others_from_nothing() -> None:
+    world = World(engines=[SlotsEngine("engine-0"), SlotsEngine("engine-1")])
+    await world.fleet.reconcile()
+    await world.fleet.prepare(Weights(1))
+
+    async def refuse(_name: str) -> None:
+        raise EngineRefused(500, "no")
+
+    world.engines[0].unload = refuse  # type: ignore[method-assign]
+    await world.fleet.trim()
+    assert world.engines[1].slots.served == {}
+    await looked_at(world.member)
+    assert world.member.loaded == {Weights(1).engine_name: None}  # it is there, and unproven
+    assert world.fleet.is_ready()
 
 
 async def test_what_has_lost_its_role_stays_while_a_request_holds_it() -> None:
@@ -606,6 +655,12 @@ class Slotting(RuleBasedStateMachine):
             with suppress(NotReady):
                 self.do(self.world.promote(number))
 
+    @rule(number=numbers)
+    def canary(self, number: int) -> None:
+        if number not in self.claimed():
+            with suppress(NotReady):
+                self.do(self.world.canary(number))
+
     @precondition(lambda self: len(self.world.roles) > 1)
     @rule()
     def roll_back(self) -> None:
@@ -620,7 +675,7 @@ class Slotting(RuleBasedStateMachine):
         try:
             self.do(self.world.fleet.pin(Weights(number), hold))
         except NotReady:
-            assert len(self.claimed() | self.held() | {number}) > CAPACITY - 1
+            assert len(self.needed() | {number}) > CAPACITY - 1
         else:
             if stays:
                 self.holds.append((hold, number))
@@ -638,17 +693,20 @@ class Slotting(RuleBasedStateMachine):
     def held(self) -> set[int]:
         return {number for _, number in self.holds}
 
+    def needed(self) -> set[int]:
+        running = {int(name.split("-")[1]) for _, name in self.running}
+        return self.claimed() | self.held() | running
+
     @rule(number=numbers)
     def evaluate(self, number: int) -> None:
         self.leases += 1
         token = str(self.leases)
-        running = {int(name.split("-")[1]) for _, name in self.running}
         try:
             self.do(self.world.fleet.hold_evaluation_slot(Weights(number), token, 10))
         except NotReady as refused:
             # Requests that run on what had a role may need it; pins alone never do.
             if refused.code == "no_adapter_slot":
-                assert len(self.claimed() | self.held() | running) > CAPACITY - 1
+                assert len(self.needed()) > CAPACITY - 1
 
     @rule(number=numbers)
     def begin(self, number: int) -> None:
