@@ -471,6 +471,21 @@ def test_a_failed_request_takes_the_engine_from_nobody(
     assert paths == {CHAT}  # nothing was loaded or proven again
 
 
+def test_silence_in_one_answer_is_that_request_s_failure_alone(
+    sqlite_database: Database, gateway_engine: FakeEngine, tmp_path: Path
+) -> None:
+    with start_gateway(
+        sqlite_database, tmp_path / "data", [gateway_engine.address], engine_timeout_seconds=0.3
+    ) as gateway:
+        client = gateway.client(gateway.key("anna"))
+        for stream, tokens, status in ((True, 2, 200), (True, 0, 503), (False, 0, 503)):
+            gateway_engine.faults = Faults(stalls_after_tokens=tokens)
+            reply = client.post(CHAT, json=chat(stream=stream))
+            assert (reply.status_code, "engine_failed" in reply.text) == (status, True)
+            gateway_engine.faults = Faults()
+            assert client.post(CHAT, json=chat()).status_code == 200
+
+
 @pytest.fixture
 def two_engines(
     sqlite_database: Database, tmp_path: Path
