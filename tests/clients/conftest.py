@@ -15,7 +15,14 @@ from typing import Any
 
 import pytest
 
-from tests.clients.environments import CLIENTS, Client, NotInstalled, are_required, make_all
+from tests.clients.environments import (
+    CLIENTS,
+    OPEN_WEBUI,
+    Client,
+    NotInstalled,
+    are_required,
+    make_all,
+)
 from tests.clients.service import Service, start_service
 
 PROGRAM_SECONDS = 120.0
@@ -43,20 +50,33 @@ def environments(request: pytest.FixtureRequest) -> dict[str, Future[None]]:
     """The environments of the clients whose tests are about to run, in the making."""
     callspecs = [getattr(item, "callspec", None) for item in request.session.items]
     wanted = {spec.params["client"] for spec in callspecs if spec and "client" in spec.params}
-    return make_all(CLIENTS[name] for name in CLIENTS if name in wanted)
+    front_ends = {"open_webui": OPEN_WEBUI}
+    names = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    wanted_front_ends = [client for name, client in front_ends.items() if name in names]
+    # The front end takes the longest by far: it begins first.
+    return make_all([*wanted_front_ends, *(CLIENTS[name] for name in CLIENTS if name in wanted)])
 
 
 @pytest.fixture(scope="session", params=CLIENTS)
 def client(request: pytest.FixtureRequest, environments: dict[str, Future[None]]) -> Client:
     """A client whose environment is there."""
-    name: str = request.param
+    return _installed(CLIENTS[request.param], environments)
+
+
+@pytest.fixture(scope="session")
+def open_webui(environments: dict[str, Future[None]]) -> Client:
+    """Open WebUI, whose environment is there."""
+    return _installed(OPEN_WEBUI, environments)
+
+
+def _installed(client: Client, environments: dict[str, Future[None]]) -> Client:
     try:
-        environments[name].result()
+        environments[client.name].result()
     except NotInstalled as error:
         if are_required():
-            pytest.fail(f"{name} is not installed: {error}", pytrace=False)
-        pytest.skip(f"{name} can't be installed: {error}")
-    return CLIENTS[name]
+            pytest.fail(f"{client.name} is not installed: {error}", pytrace=False)
+        pytest.skip(f"{client.name} can't be installed: {error}")
+    return client
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +89,18 @@ def service(
 
 
 @pytest.fixture(scope="session")
-def environment(client: Client, service: Service) -> dict[str, str]:
-    """The variables that the client's program is started with."""
-    # Proxies and settings of whoever runs the tests are none of the client's.
+def plain_environment() -> dict[str, str]:
+    """The variables of whoever runs the tests, without proxies and settings of theirs."""
     names = ("PATH", "HOME", "LANG", "TMPDIR")
-    ours = {name: os.environ[name] for name in names if name in os.environ}
-    return {**ours, **service.environment(client.name)}
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+@pytest.fixture(scope="session")
+def environment(
+    client: Client, service: Service, plain_environment: dict[str, str]
+) -> dict[str, str]:
+    """The variables that the client's program is started with."""
+    return {**plain_environment, **service.environment(client.name)}
 
 
 @pytest.fixture(scope="session")
@@ -85,14 +111,19 @@ def report(client: Client, environment: dict[str, str]) -> Report:
     return run_program(client, environment, *scenarios)
 
 
-def run_program(client: Client, environment: dict[str, str], *scenarios: str) -> Report:
+def run_program(
+    client: Client,
+    environment: dict[str, str],
+    *scenarios: str,
+    seconds: float = PROGRAM_SECONDS,
+) -> Report:
     """Run the client's program in its environment."""
     done = subprocess.run(
         [*client.command, *scenarios],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PROGRAM_SECONDS,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, f"{client.version}: {done.stderr[-4000:]}"

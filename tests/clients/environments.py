@@ -18,10 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bootstrap import CPU_TORCH, CPU_TORCH_INDEX
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".clients"
 PROGRAMS = Path(__file__).with_name("programs")
-INSTALL_SECONDS = 300.0
+INSTALL_SECONDS = 600.0
 
 OPENAI = "openai_client.py"
 
@@ -34,6 +36,7 @@ class Client:
     program: str
     python: Sequence[str]  #: packages of Python, pinned
     npm: Sequence[str] = ()  #: packages of npm, pinned
+    needs_torch: bool = False  #: it depends on torch: the CPU's, which is a tenth of the other
 
     @property
     def is_openai(self) -> bool:
@@ -80,6 +83,10 @@ CLIENTS = {
 }
 
 
+OPEN_WEBUI = Client("open-webui", "open_webui_client.py", ["open-webui==0.12.0"], needs_torch=True)
+"""A front end: it is no client of all the routes, and has tests of its own."""
+
+
 class NotInstalled(Exception):
     """An environment could not be made; the message is the installer's last word."""
 
@@ -100,7 +107,8 @@ def make_all(clients: Iterable[Client]) -> dict[str, Future[None]]:
 def make(client: Client) -> None:
     """Make the environment, unless it is there as the table has it. Raises `NotInstalled`."""
     stamp = client.folder / "made.json"
-    wanted = {"python": [sys.version, *client.python], "npm": list(client.npm)}
+    torch = [CPU_TORCH] if client.needs_torch else []
+    wanted = {"python": [sys.version, *client.python, *torch], "npm": list(client.npm)}
     if not (stamp.exists() and json.loads(stamp.read_text()) == wanted):
         shutil.rmtree(client.folder, ignore_errors=True)
         _install(client)
@@ -113,11 +121,25 @@ def _install(client: Client) -> None:
     # Our own pip, on that environment: it is new enough, and installing another takes 3 seconds.
     pip = [sys.executable, "-P", "-m", "pip", f"--python={client.folder / 'bin' / 'python'}"]
     options = ["--quiet", "--no-input", "--no-compile", "--disable-pip-version-check"]
-    _run([*pip, "install", *options, *client.python])
+    packages = list(client.python)
+    if client.needs_torch:
+        if not _finds(pip, CPU_TORCH):
+            options += ["--extra-index-url", CPU_TORCH_INDEX]
+        packages.append(CPU_TORCH)
+    _run([*pip, "install", *options, *packages])
     if client.npm:
         npm = [str(client.folder / "bin" / "npm"), "install", f"--prefix={folder}"]
         options = ["--save-exact", "--ignore-scripts", "--no-audit", "--no-fund"]
         _run([*npm, *options, *client.npm])
+
+
+def _finds(pip: Sequence[str], package: str) -> bool:
+    """Whether pip finds a package by its own configuration alone."""
+    try:
+        _run([*pip, "install", "--quiet", "--dry-run", "--no-deps", package])
+    except NotInstalled:
+        return False
+    return True
 
 
 def _run(command: Sequence[str]) -> None:

@@ -149,7 +149,7 @@ def _faulty_gateways(folder: Path) -> Iterator[dict[str, Place]]:
             engine = stack.enter_context(ExitStack())
             fake = engine.enter_context(FakeEngine(model=BASE.name, api_key="secret"))
             fake.faults = faults
-            gateway = stack.enter_context(_gateway(folder / name, fake))
+            gateway = stack.enter_context(start_gateway_alone(folder / name, fake))
             key = gateway.key("somebody", "chat")
             places[name] = {"base_url": f"{gateway.url}/v1", "api_key": key}
             if name == "not_ready":
@@ -159,7 +159,8 @@ def _faulty_gateways(folder: Path) -> Iterator[dict[str, Place]]:
 
 
 @contextmanager
-def _gateway(folder: Path, engine: FakeEngine) -> Iterator[RunningGateway]:
+def start_gateway_alone(folder: Path, engine: FakeEngine) -> Iterator[RunningGateway]:
+    """A gateway in this process over one fake engine, with a database in `folder`."""
     folder.mkdir()
     database = Database(f"sqlite:///{folder / 'burnish.sqlite3'}")
     Base.metadata.create_all(database.engine)

@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 
 from tests.clients import environments
-from tests.clients.environments import CLIENTS, ROOT, Client, NotInstalled, are_required, make
+from tests.clients.environments import (
+    CLIENTS,
+    OPEN_WEBUI,
+    ROOT,
+    Client,
+    NotInstalled,
+    are_required,
+    make,
+)
+
+ALL = [*CLIENTS.values(), OPEN_WEBUI]
 
 
 def test_every_package_has_one_exact_version() -> None:
-    for client in CLIENTS.values():
+    for client in ALL:
         assert all(re.fullmatch(r"[\w-]+==[\d.]+", package) for package in client.python)
         assert all(re.fullmatch(r"[\w-]+@[\d.]+", package) for package in client.npm)
 
@@ -21,7 +31,7 @@ def test_the_document_names_the_versions_that_are_tested() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     table = text.partition("\n## Clients that are tested\n")[2].partition("\n## ")[0]
     documented = set(re.findall(r"`([\w-]+ [\d.]+)`", table))
-    assert documented == {client.version for client in CLIENTS.values()}
+    assert documented == {client.version for client in ALL}
 
 
 @pytest.fixture
