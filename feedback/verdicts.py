@@ -14,6 +14,7 @@ from typing import Any
 
 from feedback.db import canonical_json
 from feedback.errors import BadRequest
+from feedback.numbers import whole
 from feedback.tables import JudgementKind, SourceType
 
 MAX_COMMENT_CHARS = 10_000
@@ -151,6 +152,7 @@ def _check_rating(value: Any) -> bool:
 
 
 def _check_stars(value: Any) -> int:
+    value = whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 5:
         raise BadRequest(
             f"stars takes a whole number from 1 to 5, found {_show(value)}; for yes or no use "

@@ -95,6 +95,16 @@ def envelope(
     return {"error": {"message": plain(message), "type": type, "param": param, "code": code}}
 
 
+UNLIMITED = ("max_tokens", "max_completion_tokens")
+
+
+def describe_field(problem: Mapping[str, Any], field: str) -> str:
+    """What pydantic found wrong with `field`, and a way out where people are known to need one."""
+    if field.rpartition(".")[2] in UNLIMITED and problem["type"] == "greater_than_equal":
+        return f"{problem['msg']}; leave it out for no limit"
+    return str(problem["msg"])
+
+
 def plain(text: str) -> str:
     r"""`text` with what steers a terminal or reorders what is read written out, such as `\x1b`.
 
@@ -223,7 +233,7 @@ def add_error_handlers(app: FastAPI) -> None:
             str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")
         ]
         param = ".".join(where) or None
-        message = f"{param}: {first['msg']}" if param else str(first["msg"])
+        message = f"{param}: {describe_field(first, param)}" if param else str(first["msg"])
         return render(400, envelope(message, type="invalid_request_error", param=param))
 
     async def on_http_exception(request: Request, error: Exception) -> Response:

@@ -21,6 +21,8 @@ from pydantic_core import from_json, to_json
 
 from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest, TooLarge
+from feedback.numbers import whole, whole_fields
+from server.errors import describe_field
 
 Request = TypeVar("Request", bound="Sampling")
 
@@ -102,7 +104,10 @@ class ChatRequest(Sampling):
 class TextRequest(Sampling):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[str, Field(min_length=1)]
+    prompt: Annotated[
+        str,
+        Field(min_length=1, description="One text; a list of one is taken for it."),
+    ]
     echo: StrictBool | None = None
     suffix: str | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -203,6 +208,8 @@ def parse_chat(body: dict[str, Any], *, max_choices: int, strict: bool) -> Parse
 def parse_text(body: dict[str, Any], *, max_choices: int, strict: bool) -> Parsed:
     """Check a text completion's request."""
     _refuse(body)
+    if isinstance(body.get("prompt"), list):
+        body["prompt"] = _only_text(body["prompt"])
     request = _validate(TextRequest, body)
     prompt = [{"role": "prompt", "content": request.prompt}]
     return _parsed(body, request, prompt, [], max_choices=max_choices, strict=strict)
@@ -304,14 +311,31 @@ def _parsed(
     )
 
 
+def _only_text(prompts: list[Any]) -> str:
+    """The one text of a list: older clients always send one."""
+    if len(prompts) == 1 and isinstance(prompts[0], str):
+        return prompts[0]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        found = f"{len(prompts)} texts"
+    else:
+        found = "a list of token ids, or of something else"
+    raise BadRequest(
+        f"prompt is {found}; expected one text: send each in a request of its own, as text",
+        param="prompt",
+    )
+
+
 def _validate(kind: type[Request], body: dict[str, Any]) -> Request:
+    for name in whole_fields(kind) & body.keys():
+        body[name] = whole(body[name])  # the engine is given it so, too
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         param = ".".join(str(part) for part in first["loc"][:1])
         found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
-        raise BadRequest(f"{param}: {first['msg']}{found}", param=param) from None
+        said = describe_field(first, param)
+        raise BadRequest(f"{param}: {said}{found}", param=param) from None
 
 
 def _refuse(body: Any) -> None:

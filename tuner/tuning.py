@@ -16,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback.errors import BadRequest, Conflict, NotFound
+from feedback.numbers import whole
 from feedback.tables import Dataset, DatasetStatus, File
 from tuner.jobs import ENDED, create_job
 from tuner.releases import production_of
@@ -127,6 +128,7 @@ def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, int | float]:
         if value is None or value == AUTO:
             continue
         known = HYPERPARAMETERS[name]
+        value = whole(value) if known.type is int else value
         fits = isinstance(value, int) or (known.type is float and isinstance(value, float))
         if isinstance(value, bool) or not fits or not known.minimum <= value <= known.maximum:
             raise BadRequest(

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from feedback.curation.examples import ExampleKind
 from feedback.db import canonical_json
 from feedback.errors import BadRequest
+from feedback.numbers import WholeNumbers
 
 
-class Policy(BaseModel):
+class Policy(WholeNumbers):
     """How verdicts become examples. Immutable; two equal policies have one hash."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -17,13 +17,14 @@ from typing import Any, ClassVar, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
 
 from feedback.db import Database
 from feedback.errors import BadRequest, TooLarge
+from feedback.numbers import WholeNumbers
 from server import idempotency
 from server.auth import KeyView
 from server.gateway import Gateway
@@ -40,9 +41,10 @@ Handler = Callable[[Request], Answering]
 T = TypeVar("T")
 
 
-class Part(BaseModel):
+class Part(WholeNumbers):
     """An object inside a body: a key that is not known is an error that names it, and a value of
-    another type is not made to fit. Enumerations and tuples say `strict=False`: JSON has neither.
+    another type is not made to fit, except that `8.0` is 8. Enumerations and tuples say
+    `strict=False`: JSON has neither.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)

@@ -29,6 +29,7 @@ ASSISTANT = {"role": "assistant"}
         ("rating", True, True),
         ("rating", False, False),
         ("stars", 5, 5),
+        ("stars", 4.0, 4),
         ("correction", "Better", {**ASSISTANT, "content": "Better"}),
         ("correction", {**ASSISTANT, "content": "B"}, {**ASSISTANT, "content": "B"}),
         (
@@ -60,7 +61,7 @@ def test_values_that_are_taken(kind: str, value: Any, stored: Any) -> None:
         ("stars", True, "'rating'"),
         ("stars", 0, "found 0"),
         ("stars", 6, "from 1 to 5"),
-        ("stars", 4.0, "whole number"),
+        ("stars", 4.5, "whole number"),
         pytest.param("stars", 10**5000, "a number too large", id="stars-long"),
         ("correction", "  ", "not empty"),
         ("correction", {"role": "user", "content": "B"}, "an object"),

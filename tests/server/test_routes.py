@@ -119,12 +119,12 @@ def test_the_description_names_every_public_route_and_the_shapes_of_its_replies(
 def test_a_wrong_method_is_told_which_are_right(sqlite_gateway: RunningGateway) -> None:
     admin = sqlite_gateway.client()
     for path, allowed in {
-        "/v1/files": "GET, POST",
-        "/v1/feedback": "GET, POST",
-        "/v1/feedback/tokens": "POST",
-        "/v1/feedback/fb_1": "DELETE, GET",
-        "/admin/deployments/assistant": "GET, PATCH",
-        "/healthz": "GET",
+        "/v1/files": "GET, HEAD, OPTIONS, POST",
+        "/v1/feedback": "GET, HEAD, OPTIONS, POST",
+        "/v1/feedback/tokens": "OPTIONS, POST",
+        "/v1/feedback/fb_1": "DELETE, GET, HEAD, OPTIONS",
+        "/admin/deployments/assistant": "GET, HEAD, OPTIONS, PATCH",
+        "/healthz": "GET, HEAD, OPTIONS",
     }.items():
         reply = admin.put(path)
         assert (reply.status_code, reply.headers["allow"]) == (405, allowed), path
@@ -142,3 +142,40 @@ def test_values_of_another_type_are_not_made_to_fit(sqlite_gateway: RunningGatew
     ):
         reply = admin.request(method, path, json=body)
         assert reply.status_code == 400, (path, body, reply.text)
+
+
+def test_every_route_takes_whole_numbers_written_with_a_point(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    client = sqlite_gateway.client()
+    question = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
+    first, second = (
+        client.post("/v1/chat/completions", json={**question, "max_tokens": 8.0}).json()["id"]
+        for _ in range(2)
+    )
+    verdict = {"completion_id": first, "kind": "stars"}
+    compared = {"completion_ids": [first, second], "preferred": "a"}
+    curation = {"curation": {"stars_true": 5.0}}
+    asked = (
+        ("POST", "/v1/feedback", {**verdict, "value": 4.0, "choice_index": 0.0}),
+        ("POST", "/v1/feedback/tokens", {"completion_id": first, "expires_in_seconds": 60.0}),
+        ("POST", "/v1/comparisons", {**compared, "choice_indexes": [0.0, 0.0]}),
+        ("PATCH", "/admin/deployments/assistant", {"policies": curation}),
+        ("PATCH", "/admin/deployments/assistant", {"sampling": {"max_tokens": 64.0}}),
+        (
+            "POST",
+            "/admin/keys",
+            {"user": "a", "scopes": ["chat"], "limits": {"requests_per_minute": 60.0}},
+        ),
+    )
+    for method, path, body in asked:
+        reply = client.request(method, path, json=body)
+        assert reply.is_success, (path, reply.text)
+    stars = client.get(f"/v1/feedback?completion_id={first}&kind=stars").json()["data"][0]["value"]
+    assert (stars, type(stars)) == (4, int)
+    for value in (4.5, "4"):
+        reply = client.post("/v1/feedback", json={**verdict, "value": value})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "value")
+    patch = {"sampling": {"max_tokens": -1}}
+    refused = client.patch("/admin/deployments/assistant", json=patch).json()["error"]
+    assert refused["message"].endswith("leave it out for no limit")

@@ -425,3 +425,55 @@ def test_what_a_message_may_not_have_is_named_and_goes_nowhere() -> None:
     assert parsed.messages == kept
     with pytest.raises(BadRequest, match="chat_template"):
         parse(messages=messages, strict=True)
+
+
+def text(prompt: Any) -> Parsed:
+    body = {"model": "assistant", "prompt": prompt}
+    return parse_text(body, max_choices=8, strict=False)
+
+
+def test_a_whole_number_written_with_a_point_reaches_the_engine_as_one() -> None:
+    numbers = {"max_tokens": 8.0, "n": 2.0, "seed": -1.0, "top_k": 40.0, "top_logprobs": 3.0}
+    body = sent(parse(**numbers, stop_token_ids=[7.0], temperature=1.0, logprobs=True))
+    for name, value in numbers.items():
+        assert (body[name], type(body[name])) == (value, int)
+    assert type(body["stop_token_ids"][0]) is int
+    assert type(body["temperature"]) is float
+    for name in numbers:
+        with pytest.raises(BadRequest, match=name):
+            parse(**{name: 1.5})
+
+
+def test_numbers_within_tools_and_metadata_stay_as_they_were_written() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"minimum": 1.0}}}
+    assert type(sent(parse(tools=[tool]))["tools"][0]["function"]["parameters"]["minimum"]) is float
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("value", [-1, 0, -1.0])
+def test_no_limit_is_said_by_leaving_it_out(name: str, value: float) -> None:
+    with pytest.raises(BadRequest, match="leave it out for no limit") as refused:
+        parse(**{name: value})
+    assert refused.value.param == name
+
+
+def test_a_prompt_may_be_a_list_of_one_text() -> None:
+    parsed = text(["Once upon a time"])
+    assert parsed.messages == [{"role": "prompt", "content": "Once upon a time"}]
+    assert sent(parsed)["prompt"] == "Once upon a time"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        (["a", "b"], "2 texts"),
+        ([], "0 texts"),
+        ([[1, 2, 3]], "token ids"),
+        ([1, 2], "token ids"),
+        ([""], "at least 1 character"),
+    ],
+)
+def test_other_lists_of_prompts_are_refused(prompt: list[Any], found: str) -> None:
+    with pytest.raises(BadRequest, match=found) as refused:
+        text(prompt)
+    assert refused.value.param == "prompt"

@@ -289,6 +289,8 @@ def test_a_hyperparameter_keeps_its_bounds_and_its_type(name: str) -> None:
     known = HYPERPARAMETERS[name]
     for value in (known.minimum, known.maximum):
         assert check_hyperparameters({name: known.type(value)}) == {name: value}
+        taken = check_hyperparameters({name: float(value)})[name]
+        assert (taken, type(taken)) == (value, known.type)  # a whole number written 3.0 is one
     wrong = [known.minimum / 2 - 1, known.maximum * 2, "3", True, float("nan"), [1], 10**400]
     for value in [*wrong, *([1.5] if known.type is int else [])]:
         with pytest.raises(AppError, match=f"'{name}'.*expected 'auto' or a") as refused:
