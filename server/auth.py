@@ -130,6 +130,7 @@ class KeyView:
     scopes: frozenset[str]
     deployments: tuple[str, ...] | None
     end_users: bool
+    header_only: bool = False  #: the end user is named by a header, and by nothing in a body
     limits: Mapping[str, int | None] = field(default_factory=dict)
     grant: Grant | None = None
 
@@ -196,7 +197,8 @@ class Caller:
             user=self.key.user,
             person_id=self.person_id,
             key_id=self.key.id,
-            speaks_for_many=self.key.end_users,
+            # What comes through a front end is its end user's own, who may not be believed.
+            speaks_for_many=self.key.end_users and not self.key.header_only,
             sees_all=self.key.allows(for_all),
             deployments=self.key.deployments,
         )
@@ -253,6 +255,8 @@ def end_user_of(
     metadata = body.get("metadata")
     named = metadata.get("user_id") if isinstance(metadata, Mapping) else None
     candidates = [body.get("safety_identifier"), body.get("user"), named]
+    if key.header_only:
+        candidates = []
     candidates += [headers.get(name.lower()) for name in header_names]
     found = next((c for c in candidates if isinstance(c, str) and c), ANONYMOUS)
     if len(found) > 256 or "\x00" in found:
@@ -267,6 +271,7 @@ def create_key(
     scopes: Iterable[str],
     deployments: Iterable[str] | None = None,
     end_users: bool = False,
+    header_only: bool = False,
     limits: Mapping[str, int | None] | None = None,
     name: str | None = None,
     created_by: str | None = None,
@@ -283,6 +288,11 @@ def create_key(
         if scope not in set(Scope):
             known = ", ".join(s for s in Scope if s is not Scope.INTERNAL)
             raise BadRequest(f"unknown scope {scope!r}; known scopes: {known}", param="scopes")
+    if header_only and not end_users:
+        raise BadRequest(
+            "header_only says how a key's end users are named: it goes with end_users",
+            param="header_only",
+        )
     token = token or KEY_PREFIX + secrets.token_urlsafe(24)
     key = Key(
         id=new_id("key_"),
@@ -292,6 +302,7 @@ def create_key(
         scopes=wanted,
         deployments=None if deployments is None else sorted(set(deployments)),
         end_users=end_users,
+        header_only=header_only,
         limits=dict(limits) if limits else None,
         created_by=created_by,
         created_by_key=created_by_key,
@@ -336,6 +347,7 @@ def load_keyring(session: Session, secret: str | None = None) -> Keyring:
                 scopes=frozenset(row.scopes),
                 deployments=None if row.deployments is None else tuple(row.deployments),
                 end_users=row.end_users,
+                header_only=row.header_only,
                 limits=row.limits or {},
             )
             for row in rows

@@ -22,6 +22,7 @@ class Key(Base):
     scopes: Mapped[list[str]] = mapped_column(CanonicalJson)
     deployments: Mapped[list[str] | None] = mapped_column(CanonicalJson)  #: None: all
     end_users: Mapped[bool] = mapped_column(default=False)
+    header_only: Mapped[bool]  #: bodies name no end user
     #: of `limits.Limits`, where they differ from the settings; a null in it lifts a limit
     limits: Mapped[dict[str, int | None] | None] = mapped_column(CanonicalJson)
     created_by: Mapped[str | None]  #: a user; None: made on the machine itself

@@ -149,6 +149,7 @@ def list_keys(context: typer.Context, as_json: AsJson = False) -> None:
             "scopes",
             "deployments",
             "end_users",
+            "header_only",
             "limits",
             "created_at",
         ]
@@ -163,6 +164,9 @@ def create_key(
     ] = None,
     deployment: Annotated[list[str] | None, typer.Option(help="Limit to these.")] = None,
     end_users: Annotated[bool, typer.Option(help="The key speaks for many people.")] = False,
+    header_only: Annotated[
+        bool, typer.Option(help="With --end-users: a header alone says for whom.")
+    ] = False,
     limit: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,7 +179,7 @@ def create_key(
 ) -> None:
     """Make a key; it is shown this once."""
     body = {"user": user, "scopes": scope or ["chat", "feedback"], "end_users": end_users}
-    body |= {"deployments": deployment or None, "name": name}
+    body |= {"deployments": deployment or None, "name": name, "header_only": header_only}
     body |= {"limits": dict(map(_limit, limit))} if limit else {}
     with api() as connection:
         _show(connection.post("/admin/keys", body), as_json)

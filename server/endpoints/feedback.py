@@ -233,7 +233,7 @@ def withdraw_feedback(judgement_id: str, caller: CallerDep, session: WriteSessio
 
 def person_of(session: Session, caller: Caller, end_user: str | None) -> str | None:
     """The end user that an application's key names; None leaves it to the rule of `judge`."""
-    if end_user is None or not caller.key.end_users:
+    if end_user is None or not caller.key.end_users or caller.key.header_only:
         return None
     return find_or_create_person(session, caller.key.user, end_user).id
 

@@ -44,6 +44,10 @@ class KeyCreate(Body):
     scopes: Annotated[list[GivenScope], Field(min_length=1)]
     deployments: list[str] | None = Field(default=None, description="null: all of them.")
     end_users: bool = Field(default=False, description="The key speaks for many people.")
+    header_only: bool = Field(
+        default=False,
+        description="With end_users: a header alone says which; what bodies say is not believed.",
+    )
     limits: KeyLimits | None = None
     name: Name | None = None
 
@@ -58,6 +62,7 @@ class KeyObject(TypedDict):
     scopes: list[Annotated[str, one_of(Scope)]]
     deployments: list[str] | None
     end_users: bool
+    header_only: bool
     limits: dict[str, int | None]
     created_by: str | None
     created_by_key: str | None
@@ -115,6 +120,7 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
             scopes=body.scopes,
             deployments=body.deployments,
             end_users=body.end_users,
+            header_only=body.header_only,
             limits=None if body.limits is None else body.limits.model_dump(exclude_unset=True),
             name=body.name,
             created_by=caller.key.user,
@@ -129,6 +135,7 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
             scopes=row.scopes,
             deployments=row.deployments,
             end_users=row.end_users,
+            header_only=row.header_only,
             limits=row.limits,
         )
         return {**_key(row), "key": token}
@@ -189,6 +196,7 @@ def _key(row: Key) -> KeyObject:
         "scopes": row.scopes,
         "deployments": row.deployments,
         "end_users": row.end_users,
+        "header_only": row.header_only,
         "limits": row.limits or {},
         "created_by": row.created_by,
         "created_by_key": row.created_by_key,

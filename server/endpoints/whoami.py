@@ -21,6 +21,7 @@ class WhoAmI(TypedDict):
     scopes: list[Annotated[str, one_of(Scope)]]
     deployments: tuple[str, ...] | None
     end_users: bool
+    header_only: bool
     key_id: str
 
 
@@ -33,5 +34,6 @@ async def whoami(caller: CallerDep) -> WhoAmI:
         "scopes": sorted(key.scopes),
         "deployments": key.deployments,
         "end_users": key.end_users,
+        "header_only": key.header_only,
         "key_id": key.id,
     }

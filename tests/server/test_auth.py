@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,8 @@ def test_the_end_user_is_the_first_name_that_is_one(
 ) -> None:
     assert end_user_of(view(end_users=True), body, headers, ["X-User"]) == expected
     assert end_user_of(view(), body, headers, ["X-User"]) == ""
+    by_header = replace(view(end_users=True), header_only=True)
+    assert end_user_of(by_header, body, headers, ["X-User"]) == headers.get("x-user", "anonymous")
 
 
 @pytest.mark.parametrize("name", ["x" * 257, "a\x00b"])

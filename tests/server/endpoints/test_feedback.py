@@ -128,6 +128,27 @@ def test_an_application_judges_for_its_end_users(running_gateway: RunningGateway
     assert owner["id"] != other["id"]
 
 
+def test_a_front_end_that_names_people_by_header_is_told_nothing_by_bodies(
+    running_gateway: RunningGateway,
+) -> None:
+    admin = running_gateway.client()
+    body = {"user": "webui", "scopes": ["chat", "feedback"], "end_users": True}
+    made = admin.post("/admin/keys", json={**body, "header_only": True}).json()
+    assert made["header_only"] is True
+    bea, carl = (running_gateway.client(made["key"]) for _ in range(2))
+    bea.headers["X-OpenWebUI-User-Id"], carl.headers["X-OpenWebUI-User-Id"] = "bea", "carl"
+    question = [{"role": "user", "content": "hi"}]
+    forged = {"user": "carl", "safety_identifier": "carl", "metadata": {"user_id": "carl"}}
+    answer = bea.post(
+        "/v1/chat/completions", json={"model": "assistant", "messages": question, **forged}
+    ).json()["id"]
+    assert _rate(carl, answer).status_code == 404
+    assert carl.get(f"/v1/chat/completions/{answer}").status_code == 404
+    assert _rate(bea, answer, user="carl").json()["user"] == "bea"
+    other = _rate(carl, add_answer(running_gateway.database, "webui", end_user="carl"), user="bea")
+    assert other.json()["user"] == "carl"
+
+
 def test_a_plain_key_cannot_judge_as_somebody_else(sqlite_gateway: RunningGateway) -> None:
     answer = add_answer(sqlite_gateway.database, "anna")
     anna = sqlite_gateway.client(sqlite_gateway.key("anna"))

@@ -66,6 +66,7 @@ def test_a_key_that_cannot_be_is_refused_by_name(sqlite_gateway: RunningGateway)
         ({"user": ""}, 400, "user"),
         ({"user": "a\0"}, 400, "user"),
         ({"expires": 3}, 400, "expires"),
+        ({"header_only": True}, 400, "end_users"),
         ({"limits": {"requests_per_minute": 0}}, 400, "requests_per_minute"),
         ({"limits": {"tokens_per_minute": True}}, 400, "tokens_per_minute"),
         ({"limits": {"requests": 1}}, 400, "requests"),

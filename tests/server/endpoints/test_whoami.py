@@ -14,4 +14,5 @@ def test_a_key_is_told_whose_it_is_and_what_it_may_do(sqlite_gateway: RunningGat
         "scopes": ["chat"],
         "deployments": ["assistant"],
         "end_users": True,
+        "header_only": False,
     }
