@@ -16,6 +16,8 @@ class Limits:
     bytes: int = 512 * 1024 * 1024  #: of the rows that come of it
     rows: int = 1_000_000
     row_bytes: int = 4 * 1024 * 1024  #: of one record, and of one row that comes of it
+    #: of all rows of one record: each answer of a chat is a row with all that came before it
+    record_bytes: int = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,12 +157,19 @@ class _State:
                 f"it has the form of {shape.value}, but the file began with {self._shape.value}; "
                 "one file holds one form"
             )
+        come = 0
         for row in build_rows(shape, value):
             line = _AS_SENT.encode(row).encode() + b"\n"
             self.rows += 1
             self._bytes += len(line)
+            come += len(line)
             if len(line) > self._limits.row_bytes:
                 raise ValueError(f"its row has more than {self._limits.row_bytes} bytes")
+            if come > self._limits.record_bytes:
+                raise ValueError(
+                    "with a row for each answer, and in each all turns before it, it comes to more "
+                    f"than {self._limits.record_bytes} bytes; split the chat"
+                )
             if self._bytes > self._limits.bytes or self.rows > self._limits.rows:
                 raise Unreadable(
                     record.place,

@@ -426,6 +426,13 @@ def test_a_text_that_repeats_in_parquet_is_held_once() -> None:
     assert held < 16 * len(text)
 
 
+def test_one_chat_has_an_end_to_the_rows_that_come_of_it() -> None:
+    chat = {"messages": [ASK, GOOD] * 100}
+    few = Limits(record_bytes=100_000)
+    assert len(read(lines(*[{"messages": [ASK, GOOD]}] * 500), limits=few)) == 500
+    assert "it comes to more than 100000 bytes; split the chat" in refusal(lines(chat), limits=few)
+
+
 def test_json_has_an_end_to_its_depth_and_digits() -> None:
     for content in (b'{"a": %s}', b'[{"a": %s}]'):
         digits = refusal(content % (b"9" * 5_000))
