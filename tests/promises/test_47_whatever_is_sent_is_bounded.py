@@ -19,7 +19,7 @@ from server.auth import create_key
 from server.settings import ModelSettings, Settings
 from server.upgrade import upgrade
 from tests.promise_fixtures import Figures
-from tests.promises.hostile import bodies, compressed, heads
+from tests.promises.hostile import bodies, compressed, files, heads
 from tests.promises.hostile.sending import Hostile, Target
 from tests.promises.load import ask_at_rate, cpu_seconds, peak_mib, reset_peak, resident_mib
 from tests.promises.processes import build_model, engine_process, gateway_process
@@ -27,7 +27,12 @@ from tests.promises.scale import is_full, scaled
 
 pytestmark = pytest.mark.promises
 
-CORPORA = {"bodies": bodies.CORPUS, "compressed": compressed.CORPUS, "heads": heads.CORPUS}
+CORPORA = {
+    "bodies": bodies.CORPUS,
+    "compressed": compressed.CORPUS,
+    "files": files.CORPUS,
+    "heads": heads.CORPUS,
+}
 MOST_SECONDS = 1.0
 MOST_MIB = 64.0
 ROUNDS = 3
