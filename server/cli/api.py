@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -104,8 +105,9 @@ def read_credentials(data: Path) -> dict[str, str]:
 def connect() -> Iterator[Api]:
     """The gateway of the environment, else of the data directory.
 
-    Raises NoConnection without a key.
+    Raises NoConnection without a key, or with something that can be none.
     """
+    from server.setting_sources import as_secret
     from server.settings import load_settings
 
     url, key = os.environ.get("BURNISH_URL"), os.environ.get("BURNISH_API_KEY")
@@ -118,6 +120,12 @@ def connect() -> Iterator[Api]:
                 f"no key: set BURNISH_API_KEY, or run where {data / 'credentials'} is "
                 "(the first `make serve` writes it)"
             )
+    try:
+        key = as_secret(SecretStr(key)).get_secret_value()
+    except ValueError as error:
+        raise NoConnection(
+            f"the key of BURNISH_API_KEY or the credentials {error}; give it as it was shown"
+        ) from None
     connection = Api(url, key)
     try:
         yield connection

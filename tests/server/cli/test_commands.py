@@ -84,6 +84,16 @@ def test_no_key_and_no_gateway_end_with_3(tmp_path: Path, monkeypatch: pytest.Mo
     assert (away.exit_code, "no gateway answers at http://127.0.0.1:9" in away.stderr) == (3, True)
 
 
+def test_a_key_is_taken_with_the_line_end_that_echo_wrote_and_not_with_one_inside(
+    at_gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNISH_API_KEY", f"{at_gateway.admin_key}\n")
+    assert burnish("releases").exit_code == 0
+    monkeypatch.setenv("BURNISH_API_KEY", "sk-burnish\n-cut")
+    cut = burnish("releases")
+    assert (cut.exit_code, "holds a blank, a line break" in cut.stderr) == (3, True)
+
+
 def test_a_refusal_ends_with_1_and_the_gateways_words(at_gateway: RunningGateway) -> None:
     refused = burnish("promote", "assistant@9")
     assert refused.exit_code == 1
