@@ -14,6 +14,7 @@ from server.auth import PUBLIC, ROUTES, TOKEN_ROUTES, Scope, check_routes
 from tests.everything import add_everything, call, list_rows
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway
 from tests.promise_fixtures import Figures
+from tests.rows import add_answer
 
 pytestmark = pytest.mark.promises
 
@@ -67,12 +68,13 @@ def test_what_a_scope_does_not_open_changes_nothing(sqlite_gateway: RunningGatew
 
 
 def test_a_feedback_token_opens_its_two_routes_and_no_other(sqlite_gateway: RunningGateway) -> None:
-    ids = add_everything(sqlite_gateway, "poet", "bea")
     bea = sqlite_gateway.client(sqlite_gateway.key("bea"))
-    body = {"completion_id": ids["completion_id"], "expires_in_seconds": 60}
-    made = bea.post("/v1/feedback/tokens", json=body).json()
-    token = sqlite_gateway.client(made["token"])
-    for method, template in ROUTES:
+    for number, (method, template) in enumerate(ROUTES):
+        if number % 20 == 0:  # those of one answer may ask 30 times a minute
+            answer = add_answer(sqlite_gateway.database, "bea")
+            body = {"completion_id": answer, "expires_in_seconds": 60}
+            made = bea.post("/v1/feedback/tokens", json=body).json()
+            token = sqlite_gateway.client(made["token"])
         path = re.sub(r"\{[^}]*\}", "nothing", template)
         status = call(token, method, path).status_code
         assert (status != 403) is ((method, template) in TOKEN_ROUTES), (method, path, status)

@@ -14,6 +14,7 @@ from feedback.tables import AuditEntry
 from server.auth import ROUTES, Scope
 from tests.everything import BODIES, add_everything, call, list_rows
 from tests.gateway_fixtures import RunningGateway
+from tests.promise_fixtures import Figures
 from tests.rows import add_answer
 
 pytestmark = pytest.mark.promises
@@ -49,7 +50,7 @@ def ask_everything(running: RunningGateway, ids: dict[str, str], *scopes: str) -
 
 @pytest.mark.parametrize("scopes", [("curate",), ("curate", "chat", "feedback")])
 def test_a_curator_changes_nothing_that_others_said(
-    sqlite_gateway: RunningGateway, scopes: tuple[str, ...]
+    sqlite_gateway: RunningGateway, scopes: tuple[str, ...], figures: Figures
 ) -> None:
     ids = add_everything(sqlite_gateway, "poet", "bea")
     pair = [add_answer(sqlite_gateway.database, "bea", text=text) for text in ("One.", "Two.")]
@@ -73,7 +74,7 @@ def test_a_curator_changes_nothing_that_others_said(
             assert after[table] == before[table], table
     for table in ("judgements", "comparisons"):
         assert after[table] == before[table], table
-    print(f"48: {asked} requests with {'+'.join(scopes)}, nothing that was said has changed")
+    figures(requests=asked, changed=0)
 
 
 def test_what_a_curator_adds_stands_in_the_audit_log(sqlite_gateway: RunningGateway) -> None:
