@@ -230,8 +230,10 @@ def set_metadata(session: Session, answer: Answer, metadata: Mapping[str, str]) 
     )
 
 
-def delete_answer(session: Session, answer: Answer) -> None:
+def delete_answer(session: Session, answer: Answer) -> set[str]:
     """Remove the answer, its text, what was said about it, and its conversation when that is empty.
+
+    Returns the ids of what is gone: the answer's, and the conversation's if it is.
 
     What curation made of answers that it was compared with holds its text too and goes with it.
     """
@@ -251,9 +253,12 @@ def delete_answer(session: Session, answer: Answer) -> None:
         )
         session.execute(delete(Extraction).where(Extraction.answer_id == other))
     session.execute(delete(Answer).where(Answer.id == answer.id))
-    session.execute(
-        delete(Conversation).where(
+    empty = session.execute(
+        delete(Conversation)
+        .where(
             Conversation.id == answer.conversation_id,
             ~select(Answer.id).where(Answer.conversation_id == Conversation.id).exists(),
         )
+        .returning(Conversation.id)
     )
+    return {answer.id, *empty.scalars()}

@@ -36,6 +36,9 @@ from feedback.canonical import canonical_json as canonical_json
 
 KEPT_SECONDS = 1.0  #: an idle connection to PostgreSQL is looked at after that before it is used
 
+BUSY_MILLISECONDS = 10_000
+TRUNCATE_MILLISECONDS = 50  #: nobody else can write for so long
+
 MINIMUM_SQLITE = (3, 51, 3)
 """Older releases can corrupt a WAL with several writers (SQLite's WAL-reset defect)."""
 
@@ -225,6 +228,25 @@ class Database:
         with session, session.begin():
             yield session
 
+    def truncate_log(self) -> bool:
+        """Empty SQLite's write-ahead log, which has what was deleted; whether that was done.
+
+        Hardly waits for others: where one reads or writes it is to be tried again.
+        """
+        if not self.is_sqlite:
+            return True
+        connection = self.engine.raw_connection()
+        try:
+            cursor = connection.cursor()
+            cursor.execute(f"PRAGMA busy_timeout={TRUNCATE_MILLISECONDS}")
+            busy, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+            return not busy
+        except self.engine.dialect.loaded_dbapi.OperationalError:
+            return False
+        finally:
+            connection.close()
+
     def dispose(self) -> None:
         """Close all pooled connections."""
         self.engine.dispose()
@@ -315,7 +337,7 @@ def _create_sqlite_engine(url: str) -> Engine:
         for pragma in (
             "journal_mode=WAL",
             "synchronous=FULL",
-            "busy_timeout=10000",
+            f"busy_timeout={BUSY_MILLISECONDS}",
             "foreign_keys=ON",
             "secure_delete=ON",
         ):

@@ -132,7 +132,9 @@ def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
                     "reasoning": None,
                 }
             )
-        pairs.extend({"answer_id": item.id, "key": k, "value": v} for k, v in item.metadata.items())
+            pairs += [
+                {"answer_id": item.id, "key": k, "value": v} for k, v in item.metadata.items()
+            ]
     driver.insert(Conversation, conversations)
     driver.insert(Answer, answers)
     driver.insert(AnswerText, texts)
@@ -173,7 +175,7 @@ def _answer_values(
         "stored": item.stored,
         "trainable": item.trainable,
         "template_hash": item.template_hash,
-        "sampling": canonical_json(item.sampling),
+        "sampling": canonical_json(item.sampling if item.stored else _numbers_of(item.sampling)),
         "status": AnswerStatus.STARTED.value,
         "error_code": None,
         "prompt_tokens": None,
@@ -183,6 +185,11 @@ def _answer_values(
         "ended_at": None,
         "revision": 0,
     }
+
+
+def _numbers_of(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Without what may hold somebody's words: stop texts, schemas, names of tools."""
+    return {name: value for name, value in sampling.items() if isinstance(value, int | float)}
 
 
 def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:

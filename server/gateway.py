@@ -30,6 +30,7 @@ from server.limits import LimitBook, Limits
 from server.metrics import Figures
 from server.presence import present
 from server.recorder import Recorder
+from server.remains import Remains
 from server.routing import Snapshot
 from server.settings import Settings
 from server.signing import Signing, open_signing
@@ -59,6 +60,7 @@ class Gateway:
     store: AdapterStore
     limits: LimitBook
     signing: Signing
+    remains: Remains
     figures: Figures = field(default_factory=Figures)
     intake: Intake = field(default_factory=Intake)
     id: str = field(default_factory=lambda: new_id("gw_"))
@@ -203,15 +205,19 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
             yield
 
     directory = Directory(database, base.name, before_flip, signing.tokens)
+    dead_letters = settings.data / "dead-letters.jsonl"
     recorder = Recorder(
         database,
-        settings.data / "dead-letters.jsonl",
+        dead_letters,
         own_process=settings.gateway.writer == "process",
         lock=_lock_path(database, "writer"),
         log_level=settings.log_level,
     )
     limits = LimitBook(Limits(**settings.limits.model_dump(exclude={"unfinished_jobs"})))
-    gateway = Gateway(settings, base, database, recorder, directory, fleet, store, limits, signing)
+    remains = Remains(database, dead_letters)
+    gateway = Gateway(
+        settings, base, database, recorder, directory, fleet, store, limits, signing, remains
+    )
     if settings.tracing.enabled:
         gateway.tracer = build_tracer(gateway.id)
     return gateway
@@ -232,6 +238,7 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
             tasks = [
                 asyncio.create_task(gateway.directory.follow(interval)),
                 asyncio.create_task(gateway.fleet.follow(interval)),
+                asyncio.create_task(gateway.remains.follow()),
             ]
             try:
                 yield

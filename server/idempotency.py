@@ -13,19 +13,20 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Text, delete, select, type_coerce, update
+from sqlalchemy import delete, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from feedback.db import new_id, now
 from feedback.errors import BadRequest
+from feedback.tables import Answer, Conversation
 from server.errors import StillRunning
-from server.tables import IdempotentRequest
+from server.tables import IdempotentRequest, IdempotentSubject
 
 HEADER = "idempotency-key"
 REPLAYED_HEADER = "idempotent-replayed"
@@ -35,7 +36,7 @@ KEPT_RUNNING = timedelta(days=7)  #: of a dead gateway, where no copy came
 STALLED_SECONDS = 60.0
 BEAT_SECONDS = 15.0
 
-_MOST_REMOVED = 500  #: in one transaction
+MOST_REMOVED = 500  #: in one transaction
 _MOST_WATCHED = 10_000
 _ROUTES = frozenset({"/v1/feedback", "/v1/comparisons", "/v1/fine_tuning/jobs"})
 _SHOWN_ONCE = ("key", "token")
@@ -118,7 +119,7 @@ def begin(
     Raises BadRequest for another request under the key, StillRunning.
     """
     at = at or now()
-    _remove_old(session, at)
+    remove_old(session, at=at)
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     made = session.execute(
         insert(IdempotentRequest)
@@ -169,13 +170,28 @@ def beat(session: Session, attempt: Attempt) -> None:
 
 
 def keep(session: Session, attempt: Attempt, reply: Reply) -> None:
-    """Leave the reply for the next copies. What is shown once (a new key) is left out of it."""
+    """Leave the reply for the next copies. What is shown once (a new key) is left out of it.
+
+    What it is about may have been deleted meanwhile: then nothing is left.
+    """
     body = reply.body
     if isinstance(body, dict):
         body = {**body, **{name: None for name in _SHOWN_ONCE if name in body}}
-    session.execute(
-        update(IdempotentRequest).where(*_own(attempt)).values(status=reply.status, reply=body)
+    subjects = _subjects_of(body)
+    if not _lock_subjects(session, subjects):
+        give_up(session, attempt)
+        return
+    kept = session.execute(
+        update(IdempotentRequest)
+        .where(*_own(attempt))
+        .values(status=reply.status, reply=body)
+        .returning(IdempotentRequest.key)
     )
+    if kept.first() is not None:
+        session.add_all(
+            IdempotentSubject(subject=subject, caller=attempt.caller, key=attempt.key)
+            for subject in subjects
+        )
 
 
 def give_up(session: Session, attempt: Attempt) -> None:
@@ -183,25 +199,26 @@ def give_up(session: Session, attempt: Attempt) -> None:
     session.execute(delete(IdempotentRequest).where(*_own(attempt)))
 
 
-def forget(session: Session, completion_id: str) -> None:
-    """Remove kept replies about an answer that is being deleted: they hold what was said of it."""
-    replies = type_coerce(IdempotentRequest.reply, Text)
+def forget(session: Session, subjects: Collection[str]) -> None:
+    """Remove kept replies about answers and conversations that are being deleted: they hold what
+    was said of them.
+    """
+    about = select(IdempotentSubject.caller, IdempotentSubject.key).where(
+        IdempotentSubject.subject.in_(subjects)
+    )
     session.execute(
-        delete(IdempotentRequest).where(replies.contains(completion_id, autoescape=True))
+        delete(IdempotentRequest).where(
+            tuple_(IdempotentRequest.caller, IdempotentRequest.key).in_(about)
+        )
     )
 
 
-def _own(attempt: Attempt) -> tuple[Any, ...]:
-    return (
-        IdempotentRequest.caller == attempt.caller,
-        IdempotentRequest.key == attempt.key,
-        IdempotentRequest.owner == attempt.owner,
-        IdempotentRequest.status.is_(None),
-    )
+def remove_old(session: Session, *, at: datetime | None = None) -> int:
+    """Remove replies that are older than a day, and what never got one, the oldest first.
 
-
-def _remove_old(session: Session, at: datetime) -> None:
-    """Remove replies that are older than a day, and what never got one, the oldest first."""
+    Not all at once; how many.
+    """
+    at = at or now()
     # PostgreSQL: rows that another request holds are left to the next one.
     old = (
         select(IdempotentRequest.caller, IdempotentRequest.key)
@@ -211,12 +228,44 @@ def _remove_old(session: Session, at: datetime) -> None:
             | (IdempotentRequest.created_at <= at - KEPT_RUNNING),
         )
         .order_by(IdempotentRequest.created_at)
-        .limit(_MOST_REMOVED)
+        .limit(MOST_REMOVED)
         .with_for_update(skip_locked=True)
     )
-    for caller, key in session.execute(old).all():
+    found = session.execute(old).all()
+    for caller, key in found:
         session.execute(
             delete(IdempotentRequest).where(
                 IdempotentRequest.caller == caller, IdempotentRequest.key == key
             )
         )
+    return len(found)
+
+
+def _subjects_of(body: Any) -> set[str]:
+    """The answers and conversations that a reply names as what it is about."""
+    if not isinstance(body, dict):
+        return set()
+    named = [body.get("completion_id"), body.get("conversation_id")]
+    several = body.get("completion_ids")
+    named += several if isinstance(several, list) else []
+    return {name for name in named if isinstance(name, str)}
+
+
+def _lock_subjects(session: Session, subjects: Collection[str]) -> bool:
+    """Whether all of them are there, and stay until the transaction ends."""
+    if not subjects:
+        return True
+    found = 0
+    for table in (Conversation, Answer):
+        there = select(table.id).where(table.id.in_(subjects)).order_by(table.id)
+        found += len(session.execute(there.with_for_update(key_share=True, read=True)).all())
+    return found == len(subjects)
+
+
+def _own(attempt: Attempt) -> tuple[Any, ...]:
+    return (
+        IdempotentRequest.caller == attempt.caller,
+        IdempotentRequest.key == attempt.key,
+        IdempotentRequest.owner == attempt.owner,
+        IdempotentRequest.status.is_(None),
+    )

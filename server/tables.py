@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from sqlalchemy import ForeignKeyConstraint, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from feedback.db import Base, CanonicalJson, UtcDateTime, now
@@ -45,3 +46,21 @@ class IdempotentRequest(Base):
     reply: Mapped[Any | None] = mapped_column(CanonicalJson)
     beat_at: Mapped[datetime] = mapped_column(UtcDateTime)  #: last sign of life while it runs
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, index=True)
+
+
+class IdempotentSubject(Base):
+    """An answer or conversation that a kept reply is about: the reply goes with it."""
+
+    __tablename__ = "idempotent_subjects"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["caller", "key"],
+            ["idempotent_requests.caller", "idempotent_requests.key"],
+            ondelete="CASCADE",
+        ),
+        Index("ix_idempotent_subjects_caller_key", "caller", "key"),  # the cascade's
+    )
+
+    subject: Mapped[str] = mapped_column(primary_key=True)  #: first: it is what is looked for
+    caller: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)

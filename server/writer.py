@@ -17,7 +17,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import select
 import signal
 import socket
@@ -44,6 +43,7 @@ from feedback.recording import (
     record_undelivered,
 )
 from feedback.tables import AnswerStatus
+from server.dead_letters import add_letter
 from server.logs import configure_logging
 from server.machine import collect_garbage_rarely
 
@@ -326,10 +326,7 @@ class Writer:
         failed = EndedAnswer(str(end["id"]), AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
         self._queue.append(_Entry(0, failed, was_kept=True))
         try:
-            self._dead_letters.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._dead_letters, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-                file.write(json.dumps(end, default=str) + "\n")
+            add_letter(self._dead_letters, end)
         except OSError:
             logger.exception("Dead letter not written", extra={"action": "dead_letter_failed"})
 

@@ -95,7 +95,8 @@ def postgres_database(_postgres_url: str) -> Iterator[Database]:
     with database.engine.begin() as connection:
         # What a test of migrations may have left, or taken away.
         connection.execute(text("DROP TABLE IF EXISTS alembic_version"))
-        if connection.scalar(text("SELECT to_regclass('people')")) is None:
+        there = text("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")
+        if connection.scalar(there) != len(Base.metadata.sorted_tables):
             Base.metadata.create_all(connection)
         connection.execute(text(f"TRUNCATE {tables} CASCADE"))
     yield database

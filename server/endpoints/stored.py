@@ -15,12 +15,13 @@ from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest, NotFound
 from feedback.people import Viewer, speaks_for
 from feedback.tables import Answer, AnswerKind, AnswerStatus, AnswerText
+from feedback.verdicts import MAX_METADATA_PAIRS
 from server import idempotency
 from server.access import append_audit
 from server.auth import Caller
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.fields import Deleted, Limit, Page, one_of, page
-from server.sessions import CallerDep, ReadSession, WriteSession
+from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
 from server.wire import Metadata
 
 router = APIRouter(
@@ -137,12 +138,18 @@ def update_stored(
 
 
 @router.delete("/{completion_id}")
-def delete_stored(completion_id: str, caller: CallerDep, session: WriteSession) -> Deleted:
-    """Delete it, its text, its judgements, and replies about it that are kept for repetitions."""
-    answer = _get(session, completion_id, caller.editor())
-    _note_foreign(session, caller, "answer_deleted", answer)
-    answers.delete_answer(session, answer)
-    idempotency.forget(session, completion_id)
+def delete_stored(completion_id: str, caller: CallerDep, gateway: GatewayDep) -> Deleted:
+    """Delete any answer: a chat's, a task's, a text completion's, stored or not.
+
+    With it go its text, its judgements, replies about it that are kept for repetitions, and what is
+    left of it in files.
+    """
+    with gateway.database.write() as session:
+        answer = answers.get_answer(session, completion_id, caller.editor())
+        _note_foreign(session, caller, "answer_deleted", answer)
+        gone = answers.delete_answer(session, answer)
+        idempotency.forget(session, gone)
+    gateway.remains.forget(gone)
     return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
 
@@ -246,8 +253,8 @@ def _choice(kept: Mapping[str, Any]) -> StoredChoice:
 
 
 def _metadata_filter(query: Mapping[str, str]) -> dict[str, str]:
-    """The pairs of `metadata[key]=value`. Raises BadRequest for another form."""
-    found = {}
+    """The pairs of `metadata[key]=value`. Raises BadRequest for another form, and for too many."""
+    found: dict[str, str] = {}
     for name, value in query.items():
         if name != "metadata" and not name.startswith("metadata["):
             continue
@@ -256,4 +263,10 @@ def _metadata_filter(query: Mapping[str, str]) -> dict[str, str]:
                 f"found {name[:100]!r}, expected metadata[key]=value", param="metadata"
             )
         found[name[len("metadata[") : -1]] = value
+    if len(found) > MAX_METADATA_PAIRS:
+        raise BadRequest(
+            f"found {len(found)} pairs of metadata to filter by, at most {MAX_METADATA_PAIRS} are "
+            "taken: a completion has no more",
+            param="metadata",
+        )
     return found

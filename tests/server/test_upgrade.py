@@ -73,10 +73,12 @@ def _fill(database: Database) -> None:
     values: dict[tuple[str, str], Any] = {}
     with database.write() as session:
         for table in Base.metadata.sorted_tables:
+            if table.name not in found.tables:
+                continue  # a later migration's
             row: dict[str, Any] = {}
             for column in table.columns:
-                if table.name not in found.tables or column.name not in found.tables[table.name].c:
-                    continue  # a later migration's
+                if column.name not in found.tables[table.name].c:
+                    continue
                 owner = next(iter(column.foreign_keys), None)
                 if owner is not None:
                     row[column.name] = values.get((owner.column.table.name, owner.column.name))
@@ -98,6 +100,8 @@ def _known_rows(database: Database) -> dict[str, list[dict[str, Any]]]:
     rows = {}
     with database.read() as session:
         for table in Base.metadata.sorted_tables:
+            if not known.has_table(table.name):
+                continue
             names = {column["name"] for column in known.get_columns(table.name)}
             query = select(*(column for column in table.columns if column.name in names))
             rows[table.name] = [dict(row) for row in session.execute(query).mappings()]

@@ -112,6 +112,19 @@ def test_a_message_that_was_sent_in_parts_is_shown_as_text_and_as_parts(
     assert [part.model_dump(exclude_none=True) for part in message.content_parts or ()] == parts
 
 
+@pytest.mark.parametrize("pairs", [17, 200])
+def test_more_filters_than_a_completion_has_pairs_are_refused(
+    sqlite_gateway: RunningGateway, pairs: int
+) -> None:
+    client = sqlite_gateway.client()
+    filters = {f"metadata[k{number}]": "v" for number in range(pairs)}
+    reply = client.get("/v1/chat/completions", params=filters)
+    assert reply.status_code == 400
+    assert f"found {pairs} pairs" in reply.json()["error"]["message"]
+    fewer = dict(list(filters.items())[:16])
+    assert client.get("/v1/chat/completions", params=fewer).json()["data"] == []
+
+
 @pytest.mark.parametrize("name", ["metadata", "metadata[a", "metadata[a][b]"])
 def test_a_filter_of_another_form_is_refused(sqlite_gateway: RunningGateway, name: str) -> None:
     anna = sqlite_gateway.client(sqlite_gateway.key("anna"))
