@@ -883,6 +883,33 @@ def test_a_worker_told_to_stop_gives_its_job_back_and_ends_its_child(
         os.kill(child, 0)
 
 
+def test_the_job_of_a_killed_worker_goes_on_and_never_beside_the_old_trainer(home: Home) -> None:
+    job = home.tune()
+    options = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(home.options("wait")).items()
+    }
+    process = subprocess.Popen([sys.executable, "-c", PROCESS, json.dumps(options)])
+    try:
+        home.begun(job)
+    finally:
+        process.kill()
+        process.wait()
+    with home.database.read() as session:
+        events, _ = jobs.list_events(session, job.id, limit=100)
+    (child,) = [event.data["pid"] for event in events if "pid" in event.data]
+    worker = home.worker(lease_seconds=0.2)
+    try:
+        home.until(lambda: worker.sweep() or home.job(job).status == JobStatus.QUEUED)
+        # The trainer of these tests outlives its worker, which the real one doesn't.
+        assert not worker.run_one()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    home.until(worker.run_one)
+    found = home.job(job)
+    assert (found.status, found.attempt) == (JobStatus.SUCCEEDED, 2)
+
+
 def test_pairs_train_by_dpo_with_corrections_beside_them(home: Home) -> None:
     with home.database.write() as session:
         pairs = [preference("ex_p", "Which?", "This one.", "None of them.")]
