@@ -26,11 +26,13 @@ from feedback.errors import NotAuthenticated
 from server import auth, feedback_tokens
 from server.auth import Keyring, KeyView, Scope, create_key, hash_key, load_keyring
 from server.settings import DatabaseSettings, ModelSettings, Settings
+from server.signing import secret_path
 from server.upgrade import read_internal_key, upgrade
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.processes import build_model, engine_process, gateway_process
 from tests.promises.scale import scaled
+from tests.rows import add_answer
 
 pytestmark = pytest.mark.promises
 
@@ -69,6 +71,24 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(running_gateway: RunningGateway)
         for token in (key, running_gateway.admin_key, running_gateway.worker_key):
             assert token not in shown
             assert token.removeprefix(auth.KEY_PREFIX) not in shown
+
+
+def test_no_copy_of_the_database_holds_what_tokens_and_the_audit_log_are_signed_with(
+    running_gateway: RunningGateway,
+) -> None:
+    answer = add_answer(running_gateway.database, "anna")
+    anna = running_gateway.client(running_gateway.key("anna"))
+    body = {"completion_id": answer, "expires_in_seconds": 60}
+    token = anna.post("/v1/feedback/tokens", json=body).json()["token"]
+    made = running_gateway.client().post("/admin/keys", json={"user": "bea", "scopes": ["chat"]})
+    signing = running_gateway.gateway.signing
+    kept = dump(running_gateway.database)
+    assert made.json()["id"] in kept
+    assert signing.name in kept  # the audit log says which secret signed it
+    secret = secret_path(running_gateway.gateway.settings).read_text().strip()
+    keys = [key.hex() for key in signing.seal.keys.values()]
+    for hidden in (secret, signing.tokens, *keys, token):
+        assert hidden not in kept
 
 
 def test_every_key_that_is_looked_up_is_compared_by_compare_digest(
