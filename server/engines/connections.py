@@ -10,6 +10,7 @@ decision 0011 has the figures. Does not own: what an answer means, other retries
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections import deque
 from collections.abc import Mapping
@@ -95,7 +96,7 @@ class Connections:
             self._idle.popleft().close()
 
     def unreachable(self, error: BaseException | str) -> EngineUnreachable:
-        said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        said = error if isinstance(error, str) else f"{type(error).__name__}: {_said(error)}"
         return EngineUnreachable(f"engine {self._engine_id!r}: {said}")
 
 
@@ -329,3 +330,11 @@ class _Connection(asyncio.Protocol):
         # Said of this reply only here: afterwards the parser is ready for the next one.
         self._may_be_kept = bool(self._parser.should_keep_alive())
         self._stop_timer()
+
+
+def _said(error: BaseException) -> str:
+    """What went wrong, without the address that the system's own words repeat: callers read it."""
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
+        known = os.strerror(error.errno) if error.errno > 0 else error.strerror
+        return known or "no connection"
+    return str(error)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
 
+from feedback.db import Database
 from server.engines.fake import FakeEngine
-from tests.gateway_fixtures import RunningGateway
+from tests.gateway_fixtures import BASE, RunningGateway, start_gateway
 
 
 def test_readiness_follows_the_engine_and_says_why_not(
@@ -41,3 +45,30 @@ def test_a_gateway_that_stops_is_alive_and_not_ready_and_takes_no_new_question(
     body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
     reply = client.post("/v1/chat/completions", json=body)
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
+
+
+def test_neither_readiness_nor_errors_name_an_engine_s_address(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
+    with ExitStack() as stack:
+        engine = stack.enter_context(ExitStack())
+        fake = engine.enter_context(FakeEngine(model=BASE.name, api_key="secret", max_loras=4))
+        gateway = stack.enter_context(
+            start_gateway(sqlite_database, tmp_path / "data", [fake.address])
+        )
+        client, place = gateway.client(), urlsplit(fake.url)
+        engine.close()
+        said = [client.post("/v1/chat/completions", json=body)]  # it finds out
+        gateway.reconcile()
+        said += [client.post("/v1/chat/completions", json=body), client.get("/readyz")]
+        run_dir = gateway.gateway.settings.run_dir
+        for reason in (f"port {place.netloc} is taken", f"no answer from {fake.url}/health"):
+            state = {"children": {"engine": {"state": "backoff", "reason": reason}}}
+            (run_dir / "supervisor.json").write_text(json.dumps(state))
+            said.append(client.get("/readyz"))
+    for reply in said:
+        assert reply.status_code == 503
+        assert str(place.hostname) not in reply.text
+        assert str(place.port) not in reply.text
+    assert "engine-0" in said[2].text
