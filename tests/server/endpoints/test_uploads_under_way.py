@@ -118,9 +118,8 @@ def test_expires_after_is_named_as_ignored_and_refused_where_strict(
 ) -> None:
     expiry: Any = {"anchor": "created_at", "seconds": 3600}
     for strict in (False, True):
-        data = tmp_path / str(strict)
         engines = [gateway_engine.address]
-        with start_gateway(sqlite_database, data, engines, strict=strict) as running:
+        with start_gateway(sqlite_database, tmp_path, engines, strict=strict) as running:
             where = {"base_url": f"{running.url}/v1", "api_key": running.admin_key}
             with openai.OpenAI(**where) as client:
                 files = client.files.with_raw_response
