@@ -8,7 +8,7 @@ done with them (`extract.py`, `select.py`) or where a deployment's policy is kep
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -23,8 +23,8 @@ class Policy(WholeNumbers):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    kinds: tuple[ExampleKind, ...] = Field(
-        default=tuple(ExampleKind), description="Kinds of example that are made."
+    kinds: tuple[Annotated[ExampleKind, Field(strict=False)], ...] = Field(
+        default=tuple(ExampleKind), strict=False, description="Kinds of example that are made."
     )
     stars_true: int = Field(
         default=4, ge=1, le=5, description="From so many stars on an answer is labelled true."
@@ -53,7 +53,7 @@ class Policy(WholeNumbers):
         default=500, ge=1, description="Most verdicts of one person that teach; null: no cap."
     )
     excluded_people: tuple[str, ...] = Field(
-        default=(), description="Ids of people whose verdicts teach nothing."
+        default=(), strict=False, description="Ids of people whose verdicts teach nothing."
     )
 
     @model_validator(mode="after")
