@@ -226,6 +226,7 @@ class Renderer:
             tokenizer.eos_token_id if tokenizer.eos_token_id is not None else end_token_ids[0]
         )
         self._max_length = max_length
+        self.longest_tokens = 0  #: of all rows that were rendered, dropped ones too
 
     def render(self, rows: Sequence[Row], kinds: frozenset[Kind]) -> Rendered:
         """Render the rows of the given kinds; the others, and those that don't fit, are counted by
@@ -269,7 +270,9 @@ class Renderer:
             completions.append(self._end_of_turn(whole[len(prompt) :]))
         if any(len(completion) < 2 for completion in completions):
             return "empty"
-        if len(prompt) + max(map(len, completions)) > self._max_length:
+        length = len(prompt) + max(map(len, completions))
+        self.longest_tokens = max(self.longest_tokens, length)
+        if length > self._max_length:
             return "too_long"
         return Example(
             row.id, row.kind, prompt, tuple(completions), row.weight, group_of(row.prompt)

@@ -115,7 +115,7 @@ class _Examples:
 def _share_examples(config: TrainingConfig, renderer: Renderer, rows: Sequence[Row]) -> _Examples:
     """A share of the rows validates."""
     rendered = renderer.render(rows, _KINDS[config.method])
-    _check_teaches(config.method, rendered.examples, rendered.drops)
+    _check_teaches(config, renderer, rendered.examples, rendered.drops)
     training, validation = split_validation(
         rendered.examples, share=config.validation_share, minimum=config.min_validation
     )
@@ -140,7 +140,7 @@ def _hold_examples(
     rendered = renderer.render(kept, kinds)
     near = len(rows) - len(kept)
     drops = {**rendered.drops, **({"near_validation": near} if near else {})}
-    _check_teaches(config.method, rendered.examples, drops)
+    _check_teaches(config, renderer, rendered.examples, drops)
     return _Examples(rendered.examples, validation.examples, drops, validation.drops)
 
 
@@ -149,12 +149,24 @@ def _prepare_torch(config: TrainingConfig) -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _check_teaches(method: Method, examples: Sequence[Example], drops: Mapping[str, int]) -> None:
-    if _teaches(method, examples):
+def _check_teaches(
+    config: TrainingConfig,
+    renderer: Renderer,
+    examples: Sequence[Example],
+    drops: Mapping[str, int],
+) -> None:
+    if _teaches(config.method, examples):
         return
+    too_long = ""
+    if "too_long" in drops:
+        too_long = (
+            f" The longest row has {renderer.longest_tokens} tokens, and max_length allows "
+            f"{config.max_length}."
+        )
     raise NothingToLearn(
-        f"Nothing is left to train on: method {str(method)!r} needs {_TEACHES[method]} examples "
-        f"and found none ({_describe_drops(drops) or 'the files are empty'})."
+        f"Nothing is left to train on: method {str(config.method)!r} needs "
+        f"{_TEACHES[config.method]} examples and found none "
+        f"({_describe_drops(drops) or 'the files are empty'}).{too_long}"
     )
 
 

@@ -378,7 +378,12 @@ def test_a_value_that_is_not_finite_stops_the_run(
     ("rows", "changes", "said"),
     [
         (preference_rows(3), {}, r"3 dropped as other_kind \(choose the method"),
-        (supervised_rows(2), {"max_length": 20}, r"2 dropped as too_long \(raise max_length\)"),
+        (
+            supervised_rows(2),
+            {"max_length": 20},
+            r"2 dropped as too_long \(raise max_length\)\)\. "
+            r"The longest row has \d\d tokens, and max_length allows 20\.",
+        ),
         (supervised_rows(2), {"method": "dpo"}, "needs preference examples and found none"),
         ([], {}, "the files are empty"),
     ],
