@@ -1,4 +1,5 @@
-"""The one JSON text of a value: what is hashed and compared, whatever order its keys came in.
+"""JSON texts of a value: one that is hashed and compared, whatever order its keys came in, and one
+that keeps the order, because chat templates write it into prompts.
 
 It imports nothing heavy: the child that reads uploads starts in milliseconds because of that.
 """
@@ -11,6 +12,14 @@ from typing import Any
 _CANONICAL = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 )
+_IN_ORDER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def json_in_order(value: Any) -> str:
+    """`value` as JSON with its keys as they stand and no spaces; NaN and infinities raise
+    ValueError.
+    """
+    return _IN_ORDER.encode(value)
 
 
 def canonical_json(value: Any) -> str:

@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from feedback.canonical import canonical_json as canonical_json
+from feedback.canonical import json_in_order as json_in_order
 
 KEPT_SECONDS = 1.0  #: an idle connection to PostgreSQL is looked at after that before it is used
 
@@ -99,6 +100,15 @@ class CanonicalJson(TypeDecorator[Any]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         return None if value is None else json.loads(value)
+
+
+class JsonInOrder(CanonicalJson):
+    """A JSON value whose keys keep their order: what chat templates write into a prompt."""
+
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else json_in_order(value)
 
 
 def now() -> datetime:

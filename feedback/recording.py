@@ -17,7 +17,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from feedback.answers import EarlierAnswer
-from feedback.db import Driver, canonical_json, new_id, now
+from feedback.db import Driver, canonical_json, json_in_order, new_id, now
 from feedback.tables import (
     Answer,
     AnswerContinuation,
@@ -122,11 +122,11 @@ def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
         same_prefix[item.person_id, item.prefix_hash] = (item.id, conversation_id)
         answers.append(_answer_values(driver, item, conversation_id, regenerates))
         if item.stored:
-            tools = None if item.tools is None else canonical_json(item.tools)
+            tools = None if item.tools is None else json_in_order(item.tools)
             texts.append(
                 {
                     "answer_id": item.id,
-                    "messages": canonical_json(item.messages),
+                    "messages": json_in_order(item.messages),
                     "tools": tools,
                     "choices": None,
                     "reasoning": None,

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from feedback.db import Base, CanonicalJson, UtcDateTime, now
+from feedback.db import Base, CanonicalJson, JsonInOrder, UtcDateTime, now
 
 
 class AnswerStatus(StrEnum):
@@ -155,8 +155,8 @@ class AnswerText(Base):
     answer_id: Mapped[str] = mapped_column(
         ForeignKey("answers.id", ondelete="CASCADE"), primary_key=True
     )
-    messages: Mapped[list[dict[str, Any]]] = mapped_column(CanonicalJson)
-    tools: Mapped[list[dict[str, Any]] | None] = mapped_column(CanonicalJson)
+    messages: Mapped[list[dict[str, Any]]] = mapped_column(JsonInOrder)
+    tools: Mapped[list[dict[str, Any]] | None] = mapped_column(JsonInOrder)
     choices: Mapped[list[dict[str, Any]] | None] = mapped_column(
         CanonicalJson
     )  #: index, message, finish_reason
@@ -335,7 +335,7 @@ class Extraction(Base):
     policy_hash: Mapped[str] = mapped_column(primary_key=True)
     revision: Mapped[int]  #: of the answer
     conversation_revision: Mapped[int] = mapped_column(server_default="0")
-    examples: Mapped[list[dict[str, Any]]] = mapped_column(CanonicalJson)
+    examples: Mapped[list[dict[str, Any]]] = mapped_column(JsonInOrder)
     drops: Mapped[list[dict[str, Any]]] = mapped_column(CanonicalJson)
 
 

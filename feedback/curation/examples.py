@@ -81,6 +81,9 @@ class AnswerFacts:
     choices: tuple[dict[str, Any], ...] = ()  #: `{index, message, finish_reason}`
     template_hash: str | None = None
     prompt_tokens: int | None = None
+    #: variables of the chat template that the request set, as `enable_thinking`
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    served_at: str | None = None  #: ISO 8601 in UTC; templates may write the date
 
 
 @dataclass(frozen=True, slots=True)

@@ -323,7 +323,7 @@ def _build(
         said["tools"] = list(facts.tools)
     example_id = "ex_" + _hash([kind, said])
     prompt_hash = build_prompt_hash(prompt)
-    row = {
+    row: dict[str, Any] = {
         "kind": kind.value,
         "id": example_id,
         **said,
@@ -331,6 +331,10 @@ def _build(
         "template_hash": facts.template_hash,
         "weight": 1.0,
     }
+    if facts.template_kwargs:
+        row["template_kwargs"] = facts.template_kwargs
+    if facts.served_at is not None:
+        row["served_at"] = facts.served_at
     feature = Feature(
         example_id=example_id,
         kind=kind.value,

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from feedback.curation.examples import ExampleKind, Message, Side
-from feedback.db import canonical_json
+from feedback.db import canonical_json, json_in_order
 
 TRL = "trl"
 OPENAI = "openai"
@@ -52,7 +52,7 @@ class Spool:
     def append(self, value: Any) -> int:
         """Write `value` behind the others; its offset in bytes."""
         offset = self._end
-        self._end += self._stream.write(canonical_json(value).encode() + b"\n")
+        self._end += self._stream.write(json_in_order(value).encode() + b"\n")
         return offset
 
     def read(self, offset: int) -> Any:
@@ -86,7 +86,8 @@ class FilesWriter:
     """Writes rows to their files; a kind and side without rows has none.
 
     Rows come in the order of their ids, which name what they say: so the content hash is that of
-    the set, whenever and in whatever order it came about.
+    the set, whenever and in whatever order it came about. When it was said (`served_at`, for
+    templates that write the date) is not in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,12 +98,13 @@ class FilesWriter:
     def add(self, side: Side, row: Mapping[str, Any]) -> None:
         """Write one row in every dialect that has a form for it."""
         kind = ExampleKind(row["kind"])
-        line = canonical_json(row)
-        self._content.update(f"{kind}\n{side}\n{line}\n".encode())
+        line = json_in_order(row)
+        said = json_in_order({key: row[key] for key in row if key != "served_at"})
+        self._content.update(f"{kind}\n{side}\n{said}\n".encode())
         self._stream(kind, side, TRL).write(line)
         openai_row = to_openai(row)
         if openai_row is not None:
-            self._stream(kind, side, OPENAI).write(canonical_json(openai_row))
+            self._stream(kind, side, OPENAI).write(json_in_order(openai_row))
 
     def finish(self, folder_name: str) -> tuple[tuple[WrittenFile, ...], str]:
         """Make all of it durable; the files, as they lie below `folder_name`, and the content hash

@@ -7,8 +7,9 @@ not own what they teach (`extract.py`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
@@ -159,6 +160,8 @@ def _read_facts(session: Session, answer_ids: Collection[str]) -> dict[str, Answ
             Answer.trainable,
             Answer.template_hash,
             Answer.prompt_tokens,
+            Answer.sampling,
+            Answer.started_at,
             Conversation.root_hash,
             AnswerText.messages,
             AnswerText.tools,
@@ -182,9 +185,18 @@ def _read_facts(session: Session, answer_ids: Collection[str]) -> dict[str, Answ
             choices=tuple(row.choices or ()),
             template_hash=row.template_hash,
             prompt_tokens=row.prompt_tokens,
+            template_kwargs=_template_kwargs(row.sampling),
+            served_at=row.started_at.isoformat(timespec="seconds"),
         )
         for row in rows
     }
+
+
+def _template_kwargs(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine gave its chat template for a request with this sampling."""
+    effort = sampling.get("reasoning_effort")
+    thinks = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    return {**({} if effort is None else thinks), **(sampling.get("chat_template_kwargs") or {})}
 
 
 def _to_verdict(judgement: Judgement) -> Verdict:

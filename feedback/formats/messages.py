@@ -7,6 +7,7 @@ key that the caller knows. Does not own: what a record teaches (`shapes.py`).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import reprlib
@@ -131,7 +132,7 @@ def _content(content: Any, where: str) -> str:
     ] if isinstance(content, list) else [None]  # fmt: skip
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where!r} has content other than text: {show(content)}")
-    return "\n".join(str(text) for text in texts)
+    return str(join_parts(content))
 
 
 def _read_tool_calls(calls: Any, role: str, where: str) -> list[Any]:
@@ -161,6 +162,60 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
             "expected a JSON object"
         )
     return dict(call)
+
+
+def join_parts(content: Any) -> Any:
+    """A list of text parts as one text, part by line; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(str(part.get(part.get("type", "text")) or "") for part in content)
+
+
+def as_sent(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages in the one form in which an engine is sent them, whatever way they came.
+
+    Parts are one text, thoughts are `reasoning`, and a tool call has an id, a type, and its
+    arguments as JSON text. A message that has this form already stays as it is.
+    """
+    calls = 0
+    made: list[Message] = []
+    for message in messages:
+        sent = dict(message)
+        if isinstance(sent.get("content"), list):
+            sent["content"] = join_parts(sent["content"])
+        thoughts = sent.pop("reasoning_content", None)
+        if thoughts is not None and sent.get("reasoning") is None:
+            sent["reasoning"] = thoughts
+        if isinstance(sent.get("tool_calls"), list):
+            sent["tool_calls"] = [
+                _call_as_sent(call, number)
+                for number, call in enumerate(sent["tool_calls"], start=calls)
+            ]
+            calls += len(sent["tool_calls"])
+        made.append(sent)
+    return made
+
+
+def _call_as_sent(call: Mapping[str, Any], number: int) -> dict[str, Any]:
+    function = dict(call["function"])
+    if not isinstance(function.get("arguments"), str):
+        said = function.get("arguments") or {}
+        function["arguments"] = json.dumps(said, ensure_ascii=False)
+    sent = {"id": f"call_{number}", "type": "function", **call, "function": function}
+    return sent if sent["id"] else {**sent, "id": f"call_{number}"}
+
+
+def parse_arguments(arguments: Any) -> dict[str, Any]:
+    """A tool call's arguments as an object; what is no object's JSON counts as an empty one.
+
+    An engine reads them so before a template sees them.
+    """
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def read_turns(given: Any, where: str, role: str) -> list[Message]:
