@@ -39,11 +39,20 @@ from server.settings import (
     TracingSettings,
 )
 from tests.tiny_adapters import TARGET_MODULES, build_tiny_adapter
+from tests.tiny_model import SPECIAL_TOKENS
 from tuner.adapters import AdapterStore, adapter_id, build_adapter_config
 from tuner.base_models import BaseModel
+from tuner.chat_template import ChatTemplate
+from tuner.control_tokens import ControlTokens
 from tuner.releases import create_deployment, create_release, get_deployment
 from tuner.tables import Adapter, Deployment, Evaluation
 
+#: As the fake engine renders: nothing is put before a conversation.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 BASE = BaseModel(
     name="tiny",
     path=Path("/models/tiny"),
@@ -54,6 +63,8 @@ BASE = BaseModel(
     vocab_size=320,
     eos_token_ids=(2,),
     linear_modules={},
+    chat_template=ChatTemplate(CHAT_TEMPLATE),
+    control_tokens=ControlTokens.of(SPECIAL_TOKENS, (), [CHAT_TEMPLATE]),
 )
 T = TypeVar("T")
 

@@ -28,6 +28,7 @@ from server.settings import Settings
 from server.wire import NOT_FORWARDED, REFUSED, ChatRequest, TextRequest
 from tests.gateway_fixtures import RunningGateway
 from tuner.training.config import TrainingConfig
+from tuner.training.data import WHAT_TO_DO
 from tuner.tuning import HYPERPARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +169,10 @@ def test_every_reason_to_leave_something_out_is_documented() -> None:
     assert first_names(section("administration.md", "### Why something is left out")) == {
         reason.value for reason in DropReason
     }
+
+
+def test_every_reason_to_train_on_a_row_not_is_documented() -> None:
+    assert set(WHAT_TO_DO) <= first_names(section("api.md", "## Files and tuning jobs"))
 
 
 def test_every_metric_is_documented() -> None:

@@ -17,6 +17,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+#: Further control tokens, of other families' templates (`chat_templates.py`).
+MORE_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+)
+MARKUP_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 def build_tiny_model(
@@ -53,6 +63,8 @@ def build_tiny_model(
         additional_special_tokens=[],
         model_max_length=512,
     )
+    fast.add_tokens(list(MORE_SPECIAL_TOKENS), special_tokens=True)
+    fast.add_tokens(list(MARKUP_TOKENS))
     fast.chat_template = CHAT_TEMPLATE
 
     shape = {

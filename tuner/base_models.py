@@ -1,8 +1,9 @@
 """What is known about a base model from its files alone: identity, template, limits, shapes.
 
-Owns: the revision of a local directory (a hash of its content), the hash of a chat template, and
-the reading of safetensors headers. Imports no torch and loads no weights. Does not own: making a
-model's directory (`training/convert.py`) or which base a deployment uses.
+Owns: the revision of a local directory (a hash of its content), its chat templates and tokens, what
+of it could be read in two ways, and the reading of safetensors headers. Imports no torch and loads
+no weights. Does not own: making a model's directory (`training/convert.py`) or which base a
+deployment uses.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from tuner.chat_template import ChatTemplate
+from tuner.control_tokens import ControlTokens
 
 MARK = (
     "burnish-model.json"  #: last file written into a directory that we make: name, revision, source
@@ -22,6 +27,23 @@ MARK = (
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # safetensors' own limit
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out")
+
+
+NAMED_TOKENS: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+#: What decides how a prompt is rendered and read as tokens.
+_PROMPT_FILES: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "special_tokens_map.json",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+_INDEX: Final = "model.safetensors.index.json"
 
 
 class BaseModelError(ValueError):
@@ -45,6 +67,8 @@ class BaseModel:
 
     Without embeddings and output head. Empty where the weights are quantised or not in safetensors.
     """
+    chat_template: ChatTemplate
+    control_tokens: ControlTokens  #: what people's text must not become
 
 
 def describe_base(
@@ -68,20 +92,22 @@ def describe_base(
         else {}
     )
     eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
+    ends = [*(eos if isinstance(eos, list) else [eos]), _find_end_token_id(path)]
+    check_one_model(path)
+    template = template_hash(read_chat_template(path))
+    _check_mark(path, template)
     try:
         return BaseModel(
             name=name,
             path=path,
             revision=revision or _marked_revision(path) or content_revision(path, cache=cache),
-            template_hash=template_hash(read_chat_template(path)),
+            template_hash=template,
+            chat_template=read_template(path),
+            control_tokens=read_control_tokens(path),
             architecture=str(text_config["model_type"]),
             max_position_embeddings=int(text_config["max_position_embeddings"]),
             vocab_size=int(text_config["vocab_size"]),
-            eos_token_ids=()
-            if eos is None
-            else tuple(eos)
-            if isinstance(eos, list)
-            else (int(eos),),
+            eos_token_ids=tuple(dict.fromkeys(int(token) for token in ends if token is not None)),
             linear_modules=dict(_linear_modules(path)),
         )
     except KeyError as missing:
@@ -97,31 +123,131 @@ def template_hash(template: str) -> str:
 
 def read_chat_template(path: Path) -> str:
     """The chat template that tokenizers load from `path`. Raises `BaseModelError` without one."""
+    return read_chat_templates(path)[0]
+
+
+def read_chat_templates(path: Path) -> tuple[str, str | None]:
+    """The chat template in `path`, and the one for requests with tools where it has its own.
+
+    Raises `BaseModelError` without one.
+    """
+    named: dict[str, Any] = {}
+    for file in (path / "tokenizer_config.json", path / "chat_template.json"):
+        found = _read_json(file).get("chat_template") if file.is_file() else None
+        if isinstance(found, list):  # several by name, as some tool-using models have
+            named |= {entry["name"]: entry["template"] for entry in found}
+        elif found is not None:
+            named = {"default": found}
     if (file := path / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    for file in (path / "chat_template.json", path / "tokenizer_config.json"):
-        template = _read_json(file).get("chat_template") if file.is_file() else None
-        if isinstance(template, list):  # several by name, as some tool-using models have
-            template = next(
-                (entry["template"] for entry in template if entry["name"] == "default"), None
-            )
-        if isinstance(template, str):
-            return template
-    raise BaseModelError(
-        f"{str(path)!r} has no chat template; give the directory of a chat or instruct model"
-    )
+        named = {"default": file.read_text(encoding="utf-8")}
+    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        named[file.stem] = file.read_text(encoding="utf-8")
+    if not isinstance(named.get("default"), str):
+        raise BaseModelError(
+            f"{str(path)!r} has no chat template; give the directory of a chat or instruct model"
+        )
+    return named["default"], named.get("tool_use")
+
+
+def read_special_tokens(path: Path) -> dict[str, str]:
+    """The named tokens of the tokenizer in `path`, as `bos_token`, each with its text."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        given = _read_json(path / name) if (path / name).is_file() else {}
+        for key in (f"{token}_token" for token in NAMED_TOKENS):
+            text = _token_text(given.get(key))
+            if text is not None:
+                found[key] = text
+    return found
+
+
+def read_template(path: Path) -> ChatTemplate:
+    """The chat template of the base in the directory `path`. Raises `BaseModelError`."""
+    text, tools_text = read_chat_templates(path)
+    return ChatTemplate(text, tools_text, read_special_tokens(path))
+
+
+def read_control_tokens(path: Path) -> ControlTokens:
+    """Those of the tokenizer and the templates in `path`."""
+    special, other = set(read_special_tokens(path).values()), set[str]()
+    config = _read_json(file) if (file := path / "tokenizer_config.json").is_file() else {}
+    added = [*(config.get("added_tokens_decoder") or {}).values(), *_added_tokens(path)]
+    for token in added:
+        (special if token.get("special") else other).add(str(token.get("content")))
+    further = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
+    for tokens in further:
+        listed = tokens.values() if isinstance(tokens, dict) else tokens or ()
+        special |= {text for token in listed if (text := _token_text(token)) is not None}
+    templates = (template for template in read_chat_templates(path) if template is not None)
+    return ControlTokens.of(special, other - special, templates)
+
+
+def _find_end_token_id(path: Path) -> int | None:
+    """The id of the tokenizer's `eos_token`; None where the files don't say."""
+    text = read_special_tokens(path).get("eos_token")
+    ids = (token.get("id") for token in _added_tokens(path) if token.get("content") == text)
+    return next((id_ for id_ in ids if isinstance(id_, int)), None) if text is not None else None
+
+
+def _added_tokens(path: Path) -> list[dict[str, Any]]:
+    """`added_tokens` of `tokenizer.json`; the file has megabytes of vocabulary behind them."""
+    if not (file := path / "tokenizer.json").is_file():
+        return []
+    text = file.read_text(encoding="utf-8")
+    found = re.search(r'"added_tokens"\s*:\s*', text)
+    if found is None:
+        return []
+    try:
+        tokens, _ = json.JSONDecoder().raw_decode(text, found.end())
+    except ValueError as error:
+        raise BaseModelError(f"{str(file)!r} is no JSON: {error}") from None
+    return [token for token in tokens or () if isinstance(token, dict)]
+
+
+def _token_text(token: Any) -> str | None:
+    """A token's text: a string, or an object that has it as `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def check_one_model(path: Path) -> None:
+    """Raise `BaseModelError` where engine and trainer may read different models out of `path`.
+
+    An engine takes every safetensors file that no index lists, and other formats' files where it
+    finds them; the trainer takes `model.safetensors` or what the index lists.
+    """
+    if (path / _INDEX).is_file():
+        listed = set((_read_json(path / _INDEX).get("weight_map") or {}).values())
+    else:
+        listed = {"model.safetensors"}
+    found = {file.name for file in path.glob("*.safetensors")}
+    if missing := sorted(listed - found) if (path / _INDEX).is_file() else []:
+        raise BaseModelError(
+            f"{str(path)!r} lacks {missing[0]}, which {_INDEX} lists: fetch the model again"
+        )
+    if "model.safetensors" in found and "model.safetensors" not in listed:
+        listed, stray = found - {"model.safetensors"}, {"model.safetensors"}
+    else:
+        stray = found - listed if listed & found else set()
+    for pattern in ("pytorch_model*.bin", "consolidated*.pth", "*.gguf", "params.json"):
+        stray |= {file.name for file in path.glob(pattern)} if found else set()
+    if stray:
+        names = ", ".join(sorted(stray))
+        raise BaseModelError(
+            f"{str(path)!r} holds {names} beside the model's own files: an engine may serve other "
+            "weights than are tuned; take these files out of the directory"
+        )
 
 
 def content_revision(path: Path, *, cache: Path | None = None) -> str:
-    """`sha256-` + hex over weights, configuration and tokenizer of the directory `path`.
+    """`sha256-` + hex over weights, configuration, tokenizer and template of the directory `path`.
 
     Versions of libraries, which saving writes into the configuration, don't count. About a second
     per GB.
     """
     files = sorted(path.glob("*.safetensors")) + [
-        file
-        for name in ("config.json", "tokenizer.json", "tokenizer.model")
-        if (file := path / name).is_file()
+        file for name in _PROMPT_FILES if (file := path / name).is_file()
     ]
     if not any(file.suffix == ".safetensors" for file in files):
         raise BaseModelError(f"{str(path)!r} has no *.safetensors weights")
@@ -152,6 +278,20 @@ def _file_digest(file: Path) -> str:
 
 def _marked_revision(path: Path) -> str | None:
     return str(_read_json(path / MARK)["revision"]) if (path / MARK).is_file() else None
+
+
+def _check_mark(path: Path, template: str) -> None:
+    """Raise `BaseModelError` where the template is another than when the directory was made.
+
+    Its mark's revision stands for the template too.
+    """
+    marked = _read_json(path / MARK).get("template_hash") if (path / MARK).is_file() else None
+    if marked not in (None, template):
+        raise BaseModelError(
+            f"the chat template in {str(path)!r} was changed in place: what was learned under the "
+            f"old one would be served under another. Put it back, or make a copy of the directory "
+            f"without {MARK}, which is another base"
+        )
 
 
 def _linear_modules(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import httpx
+
+from feedback.formats.messages import as_sent
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,15 @@ class GatewayUnreachable(Exception):
 
 class SlotLost(Exception):
     """The evaluation slot went to somebody else: what was measured since may be other weights'."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt, as far as a chat template sees it."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +130,7 @@ class GatewayClient:
         """Give back connections."""
         self._http.close()
 
-    def score(
-        self, model: str, items: Sequence[tuple[Sequence[Message], Message]]
-    ) -> list[Score | Unscored]:
+    def score(self, model: str, items: Sequence[tuple[Asked, Message]]) -> list[Score | Unscored]:
         """Score (prompt, completion message) pairs under a release or the base, in order.
 
         The prompt's messages are used as given: nothing is put before them.
@@ -129,7 +138,16 @@ class GatewayClient:
         scores: list[Score | Unscored] = []
         for start in range(0, len(items), ITEMS_PER_REQUEST):
             batch = [
-                {"prompt": list(prompt), "completion": [completion]}
+                {
+                    "prompt": list(prompt.messages),
+                    "completion": [completion],
+                    **({"tools": list(prompt.tools)} if prompt.tools else {}),
+                    **(
+                        {"template_kwargs": dict(prompt.template_kwargs)}
+                        if prompt.template_kwargs
+                        else {}
+                    ),
+                }
                 for prompt, completion in items[start : start + ITEMS_PER_REQUEST]
             ]
             reply = self._call("POST", "/internal/score", {"model": model, "items": batch})
@@ -137,15 +155,17 @@ class GatewayClient:
         return scores
 
     def generate(
-        self, model: str, messages: Sequence[Message], *, max_tokens: int, seed: int = 0
+        self, model: str, prompt: Asked, *, max_tokens: int, seed: int = 0
     ) -> GeneratedAnswer:
-        """One greedy answer of a release to `messages`."""
+        """One greedy answer of a release. Tools are shown to it; a call comes as text."""
+        tools = {"tools": list(prompt.tools), "tool_choice": "none"} if prompt.tools else {}
         reply = self._call(
             "POST",
             "/v1/chat/completions",
             {
                 "model": model,
-                "messages": list(messages),
+                "messages": as_sent(prompt.messages),
+                **tools,
                 "temperature": 0,
                 "max_tokens": max_tokens,
                 "seed": seed,

@@ -22,7 +22,7 @@ from tuner.holdout import HoldoutFiles
 from tuner.jobs import create_job
 from tuner.measuring import Subject
 from tuner.releases import get_deployment, get_release, production_of
-from tuner.tables import Evaluation, Job, JobKind, Release, ReleaseState
+from tuner.tables import Deployment, Evaluation, Job, JobKind, Release, ReleaseState
 from tuner.tuning import list_files_of
 
 
@@ -131,11 +131,15 @@ def load_subject(session: Session, evaluation_id: str) -> Subject:
             Release.deployment == evaluation.deployment, Release.system_prompt.is_not(None)
         )
     )
+    policies = session.scalar(
+        select(Deployment.policies).where(Deployment.name == evaluation.deployment)
+    )
     return Subject(
         candidate=candidate,
         baseline=baseline,
         rows=(),
         own_prompts=frozenset(prompt for prompt in prompts if prompt),
+        prepends=(policies or {}).get("system_prompt") == "prepend",
     )
 
 

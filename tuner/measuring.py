@@ -6,7 +6,8 @@ the rows (`evaluations.py`).
 
 A holdout row keeps the prompt as some release answered it. Where that begins with a system prompt
 of the deployment's own releases, each release is measured with its own instead, so that a release
-which differs in nothing but its prompt can be evaluated too; a caller's own system message stays.
+which differs in nothing but its prompt can be evaluated too; a caller's own system message stays,
+behind the release's prompt where the deployment prepends it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from feedback.db import canonical_json
+from feedback.answers import text_of
+from feedback.db import canonical_json, json_in_order
+from feedback.formats.messages import join_parts
 from tuner.client import (
     ITEMS_PER_REQUEST,
+    Asked,
     GatewayClient,
     GatewayError,
     GeneratedAnswer,
@@ -63,6 +67,7 @@ class Subject:
     #: the holdout, without what either learned from, in an order that says nothing about it
     rows: Sequence[Mapping[str, Any]]
     own_prompts: frozenset[str]  #: system prompts of the deployment's releases
+    prepends: bool = False  #: whether these stand before a caller's own system message
     left_out: int = 0  #: holdout rows that one of the two learned from
 
 
@@ -109,14 +114,18 @@ def prompt_key(prompt: Sequence[Message]) -> str:
     return hashlib.sha256(canonical_json(spoken).encode()).hexdigest()
 
 
-def build_prompt(
-    prompt: Sequence[Message], release: Release, own_prompts: frozenset[str]
-) -> list[Message]:
-    """`prompt` as `release` would get it: its own system prompt, unless the caller had one."""
-    spoken = _without_own_prompt(prompt, own_prompts)
-    if release.system_prompt and not (spoken and spoken[0].get("role") == "system"):
-        return [{"role": "system", "content": release.system_prompt}, *spoken]
-    return spoken
+def build_prompt(prompt: Sequence[Message], release: Release, subject: Subject) -> list[Message]:
+    """`prompt` as `release` would get it: with its own system prompt in place of the one it had."""
+    spoken = _without_own_prompt(prompt, subject)
+    own = release.system_prompt
+    if not own:
+        return spoken
+    if not (spoken and spoken[0].get("role") in _SYSTEM):
+        return [{"role": "system", "content": own}, *spoken]
+    if not subject.prepends:
+        return spoken
+    theirs = join_parts(spoken[0].get("content")) or ""
+    return [{**spoken[0], "content": f"{own}\n\n{theirs}"}, *spoken[1:]]
 
 
 def _measure(
@@ -126,11 +135,11 @@ def _measure(
     chosen_nll: list[Paired] = []
     margins: list[Paired] = []
     labelled: list[Labelled] = []
-    unscored = 0
+    unscored: Counter[str] = Counter()
     for row, found in _score_in_portions(client, subject, effort, report):
         unit = prompt_key(row["prompt"])
-        if found is None:
-            unscored += 1
+        if isinstance(found, Unscored):
+            unscored[found.error] += 1
         elif row["kind"] == "supervised":
             nll.append(Paired(unit, found.nll("completion", 0), found.nll("completion", 1)))
         elif row["kind"] == "preference":
@@ -145,7 +154,8 @@ def _measure(
         {
             "holdout_rows": len(subject.rows),
             "left_out_rows": subject.left_out,
-            "unscored_rows": unscored,
+            "unscored_rows": unscored.total(),
+            "unscored": dict(sorted(unscored.items())),
             "supervised_rows": len(nll),
             "preference_rows": len(margins),
             "labelled_rows": len(labelled),
@@ -177,8 +187,8 @@ class _Scores:
     subject: Subject
     scores: Mapping[tuple[str, str], Score | Unscored]
 
-    def of(self, row: Mapping[str, Any]) -> _RowScores | None:
-        """The row's scores, or None where one is missing."""
+    def of(self, row: Mapping[str, Any]) -> _RowScores | Unscored:
+        """The row's scores, or why one is missing."""
         by_part = {}
         for part in _parts(row):
             found = [
@@ -187,7 +197,7 @@ class _Scores:
             ]
             scored = [score for score in found if isinstance(score, Score)]
             if len(scored) < len(found):
-                return None
+                return next(score for score in found if isinstance(score, Unscored))
             by_part[part] = (scored[0], scored[1], scored[2])
         return _RowScores(by_part)
 
@@ -219,7 +229,7 @@ def _score_in_portions(
 def _score_all(
     client: GatewayClient, subject: Subject, rows: Sequence[Mapping[str, Any]], report: Report
 ) -> _Scores:
-    wanted: dict[str, dict[str, tuple[Sequence[Message], Message]]] = {}
+    wanted: dict[str, dict[str, tuple[Asked, Message]]] = {}
     for row in rows:
         for model, prompt in _askings(subject, row):
             for part in _parts(row):
@@ -253,7 +263,7 @@ def _score_all(
     )
 
 
-def _askings(subject: Subject, row: Mapping[str, Any]) -> list[tuple[str, list[Message]]]:
+def _askings(subject: Subject, row: Mapping[str, Any]) -> list[tuple[str, Asked]]:
     """(model, prompt) under candidate, baseline and base.
 
     A release without adapter is the base with its prompt.
@@ -262,12 +272,16 @@ def _askings(subject: Subject, row: Mapping[str, Any]) -> list[tuple[str, list[M
         *(
             (
                 release.name if release.adapter_id is not None else release.base_model,
-                build_prompt(row["prompt"], release, subject.own_prompts),
+                _ask(row, build_prompt(row["prompt"], release, subject)),
             )
             for release in (subject.candidate, subject.baseline)
         ),
-        (subject.candidate.base_model, list(row["prompt"])),
+        (subject.candidate.base_model, _ask(row, row["prompt"])),
     ]
+
+
+def _ask(row: Mapping[str, Any], messages: Sequence[Message]) -> Asked:
+    return Asked(messages, row.get("tools"), row.get("template_kwargs") or {})
 
 
 def _write_answers(
@@ -277,18 +291,18 @@ def _write_answers(
 
     A prompt that one of them can't answer is left out of both.
     """
-    prompts: dict[str, tuple[list[Message], int | None]] = {}
+    prompts: dict[str, tuple[Asked, int | None]] = {}
     for row in subject.rows:
         key, good = prompt_key(row["prompt"]), _good_answer(row)
         words = None if good is None else len(good.split())
         if key in prompts and prompts[key][1] is None:
             prompts[key] = (prompts[key][0], words)
         elif key not in prompts and len(prompts) < effort.max_answers:
-            prompts[key] = (_without_own_prompt(row["prompt"], subject.own_prompts), words)
+            prompts[key] = (_ask(row, _without_own_prompt(row["prompt"], subject)), words)
     releases = (subject.candidate.name, subject.baseline.name)
-    asked = [(release, messages) for messages, _ in prompts.values() for release in releases]
+    asked = [(release, prompt) for prompt, _ in prompts.values() for release in releases]
 
-    def answer(asking: tuple[str, list[Message]]) -> GeneratedAnswer | None:
+    def answer(asking: tuple[str, Asked]) -> GeneratedAnswer | None:
         try:
             return client.generate(asking[0], asking[1], max_tokens=effort.max_tokens)
         except GatewayError as error:
@@ -369,10 +383,21 @@ def _in_threads(
     return [results[index] for index in range(len(items))]
 
 
-def _without_own_prompt(prompt: Sequence[Message], own: frozenset[str]) -> list[Message]:
-    first = prompt[0] if prompt else {}
-    ours = first.get("role") == "system" and first.get("content") in own
-    return list(prompt[1:] if ours else prompt)
+_SYSTEM = ("system", "developer")
+
+
+def _without_own_prompt(prompt: Sequence[Message], subject: Subject) -> list[Message]:
+    """The prompt without a release's own; of one that was prepended the caller's part stays."""
+    if not prompt or prompt[0].get("role") not in _SYSTEM:
+        return list(prompt)
+    said = join_parts(prompt[0].get("content"))
+    if said in subject.own_prompts:
+        return list(prompt[1:])
+    if subject.prepends:
+        for own in sorted(subject.own_prompts, key=len, reverse=True):
+            if said.startswith(f"{own}\n\n"):
+                return [{**prompt[0], "content": said[len(own) + 2 :]}, *prompt[1:]]
+    return list(prompt)
 
 
 def _good_answer(row: Mapping[str, Any]) -> str | None:
@@ -384,16 +409,12 @@ def _good_answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _text_of(message: Message) -> str:
-    """A message's text; parts that aren't text count by their JSON."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    return "" if content is None else canonical_json(content)
+    return text_of(message.get("content"))
 
 
 def _parts(row: Mapping[str, Any]) -> tuple[str, ...]:
     return ("chosen", "rejected") if row["kind"] == "preference" else ("completion",)
 
 
-def _key(prompt: Sequence[Message], completion: Message) -> str:
-    return canonical_json([list(prompt), completion])
+def _key(prompt: Asked, completion: Message) -> str:
+    return json_in_order([list(prompt.messages), prompt.tools, prompt.template_kwargs, completion])

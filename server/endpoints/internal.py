@@ -10,14 +10,17 @@ from pydantic import Field
 
 from feedback.db import new_id
 from feedback.errors import Conflict, NotFound, NotReady
+from feedback.formats.messages import as_sent
 from server.endpoints.bodies import Body, Part, WorkerRoute
-from server.engines.base import EngineRefused, EngineUnreachable
-from server.engines.fleet import Lease, Member
+from server.engines.base import Engine, EngineRefused, EngineUnreachable
+from server.engines.fleet import Lease
 from server.errors import EngineFault
 from server.gateway import Gateway
 from server.routing import ReleaseView
 from server.sessions import CallerDep, GatewayDep
 from server.snapshot import load_release
+from tuner.base_models import BaseModel
+from tuner.chat_template import PLAIN, AnswerRewritten, TemplateRefused, until_end_of_turn
 from tuner.tables import ReleaseState
 
 router = APIRouter(
@@ -33,7 +36,9 @@ class SlotRequest(Body):
 
 class ScoreItem(Part):
     prompt: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    completion: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    completion: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] | None = None
 
 
 class ScoreRequest(Body):
@@ -78,7 +83,9 @@ async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> 
     member = gateway.fleet.choose(engine_name)
     try:
         with gateway.fleet.run(member, engine_name):
-            prepared = [await _tokenize(gateway, member, item) for item in body.items]
+            prepared = [
+                await tokenize_item(member.engine, gateway.base, item) for item in body.items
+            ]
             wanted = [full for full in prepared if isinstance(full, tuple)]
             figures = (
                 await member.engine.prompt_logprobs(engine_name, [ids for _, ids in wanted])
@@ -109,41 +116,48 @@ async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> 
     return {"items": items}
 
 
-async def _tokenize(
-    gateway: Gateway, member: Member, item: ScoreItem
+async def tokenize_item(
+    engine: Engine, base: BaseModel, item: ScoreItem
 ) -> tuple[int, list[int]] | str:
     """(prompt length, ids of both up to the completion's end-of-turn token), or why there is none.
 
-    The same tokens as the trainer learns from (`tuner/training/data.py`).
+    The same tokens as the trainer learns from (`tuner/training/data.py`). The prompt is rendered by
+    the engine, as when it answers, and the text by the base's template: where the two differ
+    nothing is scored.
     """
-    engine, base = member.engine, gateway.base
-    whole = [*item.prompt, *item.completion]
+    prompt = base.control_tokens.defuse(as_sent(item.prompt))
+    answer = base.control_tokens.defuse(as_sent(item.completion))[0]
+    tools = base.control_tokens.defuse_tools(item.tools or None)
+    variables = {**(item.template_kwargs or {}), **PLAIN}
     try:
-        prompt = await engine.tokenize(base.name, item.prompt, add_generation_prompt=True)
-        full = await engine.tokenize(base.name, whole, add_generation_prompt=False)
+        asked, answered = base.chat_template.render_answer(
+            prompt, answer, tools, variables=variables
+        )
+        asked_ids = await engine.tokenize(base.name, prompt, tools=tools, variables=variables)
+        ids = await engine.tokenize_text(base.name, asked + answered)
+        if ids[: len(asked_ids)] == asked_ids:
+            answer_ids = ids[len(asked_ids) :]
+        elif await engine.tokenize_text(base.name, asked) == asked_ids:
+            answer_ids = await engine.tokenize_text(base.name, answered)
+        else:
+            return "template_mismatch"
+    except TemplateRefused:
+        return "template_refused"
+    except AnswerRewritten:
+        return "answer_rewritten"
     except EngineRefused as error:
         if error.status != 400:
             raise
         return "template_refused"
-    if full[: len(prompt)] != prompt:
-        return "template_mismatch"
-    completion = until_end_of_turn(full[len(prompt) :], base.eos_token_ids)
+    completion = until_end_of_turn(answer_ids, base.eos_token_ids)
     if len(completion) < 2:
         return "empty"
-    if len(prompt) + len(completion) >= base.max_position_embeddings:
+    longest = base.max_position_embeddings
+    if engine.max_model_len is not None:
+        longest = min(longest, engine.max_model_len)
+    if len(asked_ids) + len(completion) >= longest:
         return "too_long"
-    return len(prompt), [*prompt, *completion]
-
-
-def until_end_of_turn(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
-    """Cut behind the last end token: what a template writes after it, an engine never generates.
-
-    A template that writes none gets one.
-    """
-    for index in range(len(tokens), 0, -1):
-        if tokens[index - 1] in ends:
-            return tokens[:index]
-    return [*tokens, *ends[:1]]
+    return len(asked_ids), [*asked_ids, *completion]
 
 
 def _find(gateway: Gateway, name: str) -> ReleaseView:

@@ -64,6 +64,7 @@ class Engine(Protocol):
 
     vLLM says it once it has answered something.
     """
+    max_model_len: int | None  #: longest sequence in tokens; None before anything was tokenized
 
     async def find_fault(self) -> str | None:
         """Why the server does not answer its health check; None when it does. Never raises."""
@@ -93,9 +94,20 @@ class Engine(Protocol):
         """Whether the server reads calls of tools out of what `model` writes."""
 
     async def tokenize(
-        self, model: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of `messages` under the served chat template, in its non-thinking form."""
+        """Token ids of the prompt of `messages` under the served chat template.
+
+        `variables` are the template's, as `chat_template_kwargs` of a request.
+        """
+
+    async def tokenize_text(self, model: str, text: str) -> list[int]:
+        """Token ids of a rendered text; nothing is put before it."""
 
     async def prompt_logprobs(
         self, model: str, prompts: Sequence[Sequence[int]]

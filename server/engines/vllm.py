@@ -46,6 +46,7 @@ class VllmEngine:
     ) -> None:
         self.address = address
         self.max_loras: int | None = None
+        self.max_model_len: int | None = None
         self._session = session
         self._owns_session = session is None
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -128,17 +129,32 @@ class VllmEngine:
         return True
 
     async def tokenize(
-        self, model: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of `messages` under the served chat template, in its non-thinking form."""
-        body = {
-            "model": model,
-            "messages": messages,
-            "chat_template_kwargs": {"enable_thinking": False},
-            "add_generation_prompt": add_generation_prompt,
-        }
+        """Token ids of the prompt of `messages` under the served chat template.
+
+        `variables` are the template's, as `chat_template_kwargs` of a request.
+        """
+        body: dict[str, Any] = {"model": model, "messages": messages}
+        if tools:
+            body["tools"] = tools
+        if variables:
+            body["chat_template_kwargs"] = variables
+        return await self._tokenize(body)
+
+    async def tokenize_text(self, model: str, text: str) -> list[int]:
+        """Token ids of a rendered text; nothing is put before it."""
+        return await self._tokenize({"model": model, "prompt": text, "add_special_tokens": False})
+
+    async def _tokenize(self, body: Mapping[str, Any]) -> list[int]:
         answer = await self._call_json("POST", "/tokenize", body)
         with _expected_shape("/tokenize"):
+            self.max_model_len = int(answer["max_model_len"])
             return [int(token) for token in answer["tokens"]]
 
     async def prompt_logprobs(

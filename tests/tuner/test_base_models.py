@@ -86,6 +86,66 @@ def test_the_revision_follows_content_and_not_place_time_or_library(
     assert content_revision(elsewhere) != first
 
 
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"]
+)
+def test_the_revision_follows_whatever_renders_and_reads_a_prompt(model: Path, name: str) -> None:
+    first = content_revision(model)
+    (model / name).write_text('{"changed": true}')
+    assert content_revision(model) != first
+
+
+def test_a_template_that_was_changed_in_place_is_refused(model: Path) -> None:
+    mark = {"revision": "marked", "template_hash": template_hash("{{ messages }}")}
+    (model / MARK).write_text(json.dumps(mark))
+    assert describe_base(model, "tiny").revision == "marked"
+    (model / "chat_template.jinja").write_text("{{ messages[0] }}")
+    with pytest.raises(BaseModelError, match="was changed in place"):
+        describe_base(model, "tiny")
+
+
+@pytest.mark.parametrize(
+    "stray", ["consolidated.safetensors", "other.safetensors", "pytorch_model.bin", "params.json"]
+)
+def test_weights_that_an_engine_may_take_instead_are_refused(model: Path, stray: str) -> None:
+    (model / stray).write_bytes((model / "model.safetensors").read_bytes())
+    with pytest.raises(BaseModelError, match=stray):
+        describe_base(model, "tiny")
+
+
+def test_the_files_of_an_index_are_one_model(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    describe_base(model, "tiny")
+    (model / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(BaseModelError, match="lacks model-00001"):
+        describe_base(model, "tiny")
+
+
+def test_control_tokens_are_read_wherever_a_tokenizer_keeps_them(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("<|assistant|> <think> {{ messages }}")
+    added = [
+        {"id": 7, "content": "<|eot|>", "special": True},
+        {"id": 8, "content": "<think>", "special": False},
+        {"id": 9, "content": "<table>", "special": False},
+    ]
+    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {}}))
+    config = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "<|eot|>",
+        "added_tokens_decoder": {"5": {"content": "<|fim|>", "special": True}},
+        "additional_special_tokens": ["<|more|>"],
+    }
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    base = describe_base(model, "tiny")
+    assert set(base.control_tokens.everywhere) == {
+        "<|eot|>", "<s>", "<|fim|>", "<|more|>", "<|assistant|>",
+    }  # fmt: skip
+    assert base.control_tokens.markup == ("<think>",)
+    assert base.eos_token_ids == (2, 7)  # an engine ends at the tokenizer's own too
+
+
 def test_a_given_revision_goes_before_the_mark_and_the_mark_before_content(model: Path) -> None:
     (model / MARK).write_text('{"revision": "marked"}')
     assert describe_base(model, "tiny").revision == "marked"

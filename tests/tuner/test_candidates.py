@@ -21,6 +21,8 @@ from tests.tuner.records import (
 from tuner import candidates
 from tuner.adapters import AdapterFacts
 from tuner.base_models import BaseModel
+from tuner.chat_template import ChatTemplate
+from tuner.control_tokens import ControlTokens
 from tuner.jobs import JobFailed
 from tuner.releases import get_deployment, move_production
 from tuner.tables import Job
@@ -37,6 +39,8 @@ BASE = BaseModel(
     vocab_size=320,
     eos_token_ids=(2,),
     linear_modules={},
+    chat_template=ChatTemplate("{{ messages[0]['content'] }}"),
+    control_tokens=ControlTokens(),
 )
 
 

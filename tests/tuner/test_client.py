@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tuner.client import (
+    Asked,
     GatewayClient,
     GatewayError,
     GatewayUnreachable,
@@ -55,7 +56,9 @@ def test_scores_are_asked_in_batches_and_come_back_in_order() -> None:
 
     completions = [{"role": "assistant", "content": str(number)} for number in range(20)]
     with make_client(handler) as client:
-        scores = client.score("assistant@1", [([USER], completion) for completion in completions])
+        scores = client.score(
+            "assistant@1", [(Asked([USER]), completion) for completion in completions]
+        )
     assert scores == [Score(3, 2, -float(number)) for number in range(20)]
     assert [len(body["items"]) for body in asked] == [16, 4]
     assert asked[0]["model"] == "assistant@1"
@@ -71,7 +74,7 @@ def test_an_item_without_a_usable_score_says_why() -> None:
     }
     handler: Handler = lambda _: httpx.Response(200, content=json.dumps(reply))  # noqa: E731
     with make_client(handler) as client:
-        first, second = client.score("tiny", [([USER], ANSWER)] * 2)
+        first, second = client.score("tiny", [(Asked([USER]), ANSWER)] * 2)
     assert first == Unscored("too_long")
     assert isinstance(second, Unscored)
     assert "isn't finite" in second.error
@@ -85,7 +88,7 @@ def test_an_answer_is_greedy() -> None:
         return httpx.Response(200, json={"choices": [choice], "usage": {"completion_tokens": 8}})
 
     with make_client(handler) as client:
-        found = client.generate("assistant@1", [USER], max_tokens=8)
+        found = client.generate("assistant@1", Asked([USER]), max_tokens=8)
     assert found == GeneratedAnswer("Hi", "length", 8)
 
 
@@ -126,7 +129,7 @@ def test_patience_ends() -> None:
         make_client(lambda _: reply, monotonic=lambda: float(next(at))) as client,
         pytest.raises(GatewayUnreachable, match="within 5 s; the last problem: the engine starts"),
     ):
-        client.score("tiny", [([USER], ANSWER)])
+        client.score("tiny", [(Asked([USER]), ANSWER)])
 
 
 def test_a_stopped_worker_does_not_try_again() -> None:
@@ -140,7 +143,7 @@ def test_a_stopped_worker_does_not_try_again() -> None:
         raise httpx.ConnectError("refused")
 
     with make_client(handler, stopped=stopped) as client, pytest.raises(GatewayUnreachable):
-        client.score("tiny", [([USER], ANSWER)])
+        client.score("tiny", [(Asked([USER]), ANSWER)])
     assert calls == 1
 
 
@@ -159,7 +162,7 @@ def test_a_stopped_worker_does_not_try_again() -> None:
 )
 def test_a_refusal_is_not_tried_again(reply: httpx.Response, code: str | None, said: str) -> None:
     with make_client(lambda _: reply) as client, pytest.raises(GatewayError, match=said) as error:
-        client.score("tiny", [([USER], ANSWER)])
+        client.score("tiny", [(Asked([USER]), ANSWER)])
     assert (error.value.status, error.value.code) == (reply.status_code, code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -194,9 +195,51 @@ def test_a_release_is_measured_with_its_own_prompt_unless_the_caller_had_one(
     first: str | None, prompt: str | None, expected: str | None
 ) -> None:
     kept = [] if first is None else [{"role": "system", "content": first, "burnish": True}]
-    built = build_prompt([*kept, QUESTION], release(1, prompt=prompt), OWN)
+    built = build_prompt([*kept, QUESTION], release(1, prompt=prompt), subject([], own_prompts=OWN))
     found = built[0]["content"] if built[0]["role"] == "system" else None
     assert (found, built[-1]) == (expected, QUESTION)
+
+
+def in_parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ("Be brief.", "New."),
+        ("Be brief.\n\nI am Anna.", "New.\n\nI am Anna."),
+        (in_parts("Be brief.\n", "I am Anna."), "New.\n\nI am Anna."),
+        ("I am Anna.", "New.\n\nI am Anna."),
+        (None, "New."),
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_prepended_prompt_is_replaced_before_what_the_caller_said(
+    first: Any, expected: str, role: str
+) -> None:
+    kept = [] if first is None else [{"role": role, "content": first}]
+    of = subject([], own_prompts=OWN, prepends=True)
+    built = build_prompt([*kept, QUESTION], release(1, prompt="New."), of)
+    assert (built[0]["content"], built[1:]) == (expected, [QUESTION])
+
+
+def test_tools_and_variables_of_a_row_are_shown_to_both_releases() -> None:
+    tools = [{"type": "function", "function": {"parameters": {"z": 1, "a": 2}, "name": "f"}}]
+    system = {"role": "system", "content": in_parts("Be", "kind.")}
+    row = supervised("ex_1", "Question?", "Good.")
+    row |= {"tools": tools, "template_kwargs": {"reasoning_effort": "low"}}
+    row["prompt"] = [system, *row["prompt"]]
+    gateway = FakeGateway()
+    with gateway.client() as client:
+        run_evaluation(client, subject([row]), report=quiet)
+    scored = [item for body in gateway.bodies for item in body.get("items", [])]
+    assert [item["template_kwargs"] for item in scored] == [{"reasoning_effort": "low"}] * 2
+    written = [body for body in gateway.bodies if "items" not in body]
+    assert [body["tool_choice"] for body in written] == ["none", "none"]
+    assert written[0]["messages"][0] == {"role": "system", "content": "Be\nkind."}
+    for asked in [*scored, *written]:
+        assert json.dumps(asked["tools"]) == json.dumps(tools)  # keys in the caller's order
 
 
 def test_prompts_that_differ_in_case_space_or_system_message_are_one_unit() -> None:

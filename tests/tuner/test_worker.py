@@ -395,7 +395,8 @@ def other_base(home: Home, _job: Job) -> None:
 
 
 def other_template(home: Home, _job: Job) -> None:
-    (home.base.path / "chat_template.jinja").write_text("{{ other }}")
+    with home.database.write() as session:
+        session.get_one(Release, "assistant@0").template_hash = "another"
 
 
 def no_base(home: Home, _job: Job) -> None:

@@ -87,6 +87,8 @@ def download(repository: str, revision: str | None, folder: Path) -> None:
         revision=revision,
         local_dir=folder,
         allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*"],
+        # The same weights in another format: an engine may take these, the trainer never does.
+        ignore_patterns=["consolidated*", "original/*", "params.json"],
     )
 
 

@@ -11,17 +11,39 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from jinja2 import TemplateError
-
+from feedback.answers import text_of
 from feedback.curation.extract import build_near_hash
+from feedback.formats.messages import as_sent
 from feedback.normal_form import normalise
+from tuner.chat_template import (
+    PLAIN,
+    AnswerRewritten,
+    ChatTemplate,
+    TemplateRefused,
+    until_end_of_turn,
+)
+from tuner.control_tokens import ControlTokens
 
 Message = Mapping[str, Any]
 Kind = Literal["supervised", "preference", "labelled"]
+
+
+WHAT_TO_DO: Mapping[str, str] = {
+    "other_kind": "choose the method that fits these examples",
+    "template_mismatch": "they were served with another chat template; collect new ones",
+    "template_refused": "the base's chat template takes no such conversation; change its messages",
+    "answer_rewritten": "the base's chat template cuts or moves such answers; give them without "
+    "thoughts",
+    "too_long": "raise max_length",
+    "empty": "their answers have no text",
+    "near_validation": "the validation file has their like; give others",
+}
+"""Every reason for which a row is dropped, and the advice that goes with it."""
 
 
 class DataError(ValueError):
@@ -31,10 +53,8 @@ class DataError(ValueError):
 class Tokenizer(Protocol):
     """What rendering needs of a transformers tokenizer."""
 
-    eos_token_id: int | None
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Render messages to token ids."""
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The text's token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +68,9 @@ class Row:
     weight: float = 1.0
     tools: tuple[Any, ...] | None = None
     prompt_tokens: int | None = None  #: length of the rendered prompt when it was served
+    #: what the template was given with it when it was served, as `enable_thinking`
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    served_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +135,8 @@ def _parse(row: Any) -> Iterator[Row]:
         "weight": _weight(row),
         "tools": _tools(row),
         "prompt_tokens": _prompt_tokens(row),
+        "variables": _variables(row),
+        "served_at": _served_at(row),
     }
     if "messages" in row:
         yield from _parse_chat(row_id, _messages(row, "messages"), common)
@@ -166,16 +191,23 @@ def _message(message: Any, key: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{key!r} holds {message!r:.80}; expected a message with role and content")
     content = message.get("content")
-    if isinstance(
-        content, list
-    ):  # OpenAI's content parts; a text model is served their text, line by line
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{key!r} holds content other than text")
-        content = "\n".join(map(str, texts))
-    if not isinstance(content, str) and not message.get("tool_calls"):
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list | None) or not all(
+        isinstance(part, dict) and isinstance(part.get(part.get("type", "text")), str)
+        for part in parts
+    ):
+        raise ValueError(f"{key!r} holds content other than text")
+    if content is None and message["role"] != "assistant":
         raise ValueError(f"{key!r} holds a {message['role']} message without text")
-    return {**message, "content": content or ""}
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | None) or not all(map(_is_call, calls or ())):
+        raise ValueError(f"{key!r} holds tool calls that name no function")
+    return message
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _answer(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
@@ -201,6 +233,23 @@ def _prompt_tokens(row: Mapping[str, Any]) -> int | None:
     return tokens
 
 
+def _variables(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    variables = row.get("template_kwargs")
+    if not isinstance(variables, dict | None):
+        raise ValueError(f"'template_kwargs' is {variables!r:.80}; expected an object")
+    return variables or {}
+
+
+def _served_at(row: Mapping[str, Any]) -> datetime | None:
+    served_at = row.get("served_at")
+    if served_at is None:
+        return None
+    if not isinstance(served_at, str):
+        raise ValueError(f"'served_at' is {served_at!r:.80}; expected a time")
+    # As a template writes it: by the clock of this machine, which is the engine's.
+    return datetime.fromisoformat(served_at).astimezone()
+
+
 def _tools(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
     tools = row.get("tools")
     return tuple(tools) if isinstance(tools, list) and tools else None
@@ -215,16 +264,24 @@ class Rendered:
 
 
 class Renderer:
-    """Turns rows into token ids with the base's own chat template, in its non-thinking form."""
+    """Turns rows into token ids with the base's own chat template, in its non-thinking form.
+
+    People's text is defused on the way, as it is when served.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, end_token_ids: Sequence[int], *, max_length: int
+        self,
+        tokenizer: Tokenizer,
+        end_token_ids: Sequence[int],
+        *,
+        template: ChatTemplate,
+        control_tokens: ControlTokens,
+        max_length: int,
     ) -> None:
         self._tokenizer = tokenizer
-        self._ends = frozenset(end_token_ids)
-        self._end = (
-            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else end_token_ids[0]
-        )
+        self._ends = tuple(end_token_ids)
+        self._template = template
+        self._control_tokens = control_tokens
         self._max_length = max_length
         self.longest_tokens = 0  #: of all rows that were rendered, dropped ones too
 
@@ -232,9 +289,9 @@ class Renderer:
         """Render the rows of the given kinds; the others, and those that don't fit, are counted by
         reason.
 
-        Reasons: `other_kind`, `template_mismatch` (the prompt is not as long as it was when served,
-        or the template renders prompt and answer differently together than apart),
-        `template_refused` (the template takes no such conversation), `too_long`, `empty`.
+        Reasons: `other_kind`, `template_mismatch` (the prompt is not what it was when served),
+        `template_refused` (the template takes no such conversation), `answer_rewritten` (it writes
+        the answer otherwise than it was given), `too_long`, `empty`.
         """
         examples: list[Example] = []
         drops: Counter[str] = Counter()
@@ -247,59 +304,74 @@ class Renderer:
         return Rendered(tuple(examples), dict(sorted(drops.items())))
 
     def render_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        variables: Mapping[str, Any] = PLAIN,
+        at: datetime | None = None,
     ) -> tuple[int, ...]:
         """Token ids that the engine would be given before it answers."""
-        return self._ids(messages, tools, add_generation_prompt=True)
+        return self._encode(
+            self._template.render(
+                self._prepare(messages),
+                self._control_tokens.defuse_tools(tools),
+                add_generation_prompt=True,
+                variables=variables,
+                at=at,
+            )
+        )
+
+    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
+        return self._control_tokens.defuse(as_sent(messages))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        # The template writes what begins a text itself, as for an engine.
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _render_row(self, row: Row) -> Example | str:
         try:
             return self._render_turns(row)
-        except TemplateError:
+        except TemplateRefused:
             return "template_refused"
+        except AnswerRewritten:
+            return "answer_rewritten"
 
     def _render_turns(self, row: Row) -> Example | str:
-        prompt = self.render_prompt(row.prompt, row.tools)
-        if row.prompt_tokens is not None and row.prompt_tokens != len(prompt):
-            return "template_mismatch"
-        completions: list[tuple[int, ...]] = []
-        for messages in row.completions:
-            whole = self._ids((*row.prompt, *messages), row.tools, add_generation_prompt=False)
-            if whole[: len(prompt)] != prompt:
+        if row.prompt_tokens is not None:
+            served = self.render_prompt(
+                row.prompt, row.tools, variables=row.variables, at=row.served_at
+            )
+            if row.prompt_tokens != len(served):
                 return "template_mismatch"
-            completions.append(self._end_of_turn(whole[len(prompt) :]))
+        rendered = [self._render_answer(row, messages) for messages in row.completions]
+        prompt = rendered[0][0]
+        completions = tuple(completion for _, completion in rendered)
         if any(len(completion) < 2 for completion in completions):
             return "empty"
         length = len(prompt) + max(map(len, completions))
         self.longest_tokens = max(self.longest_tokens, length)
         if length > self._max_length:
             return "too_long"
-        return Example(
-            row.id, row.kind, prompt, tuple(completions), row.weight, group_of(row.prompt)
+        return Example(row.id, row.kind, prompt, completions, row.weight, group_of(row.prompt))
+
+    def _render_answer(
+        self, row: Row, messages: Sequence[Message]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of the prompt and of the answer."""
+        asked, answered = self._template.render_answer(
+            self._prepare(row.prompt),
+            self._prepare(messages)[-1],
+            self._control_tokens.defuse_tools(row.tools),
+            variables=row.variables,
+            at=row.served_at,
         )
-
-    def _end_of_turn(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Cut behind the last end token:
-
-        what a template writes after it, an engine never generates.
-        """
-        for index in range(len(tokens), 0, -1):
-            if tokens[index - 1] in self._ends:
-                return tokens[:index]
-        return (*tokens, self._end)
-
-    def _ids(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: bool
-    ) -> tuple[int, ...]:
-        ids = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
-            tokenize=True,
-            return_dict=False,
-            enable_thinking=False,
-            **options,
-        )
-        return tuple(ids)
+        prompt, whole = self._encode(asked), self._encode(asked + answered)
+        answer = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            # A token reaches over the border. An engine is given the prompt alone.
+            answer = self._encode(answered)
+        return prompt, until_end_of_turn(answer, self._ends)
 
 
 def group_of(prompt: Sequence[Message]) -> str:
@@ -307,7 +379,9 @@ def group_of(prompt: Sequence[Message]) -> str:
 
     of the whole prompt where there is none.
     """
-    first = next((message["content"] for message in prompt if message["role"] == "user"), None)
+    first = next(
+        (text_of(message.get("content")) for message in prompt if message["role"] == "user"), None
+    )
     text = (
         first
         if first is not None

@@ -19,7 +19,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any, Final
 
@@ -31,11 +31,14 @@ from tuner.base_models import (
     BaseModelError,
     content_revision,
     read_chat_template,
+    read_control_tokens,
+    read_template,
     template_hash,
 )
 from tuner.training.checkpoint import Checkpoint, Checkpoints
 from tuner.training.config import ConfigError, Method, TrainingConfig
 from tuner.training.data import (
+    WHAT_TO_DO,
     DataError,
     Example,
     Kind,
@@ -69,14 +72,6 @@ _TEACHES: Mapping[Method, Kind] = {Method.SUPERVISED: "supervised", Method.DPO: 
 _KL_EVERY_STEPS = 10
 _SECONDS_BETWEEN_EVENTS = 0.5
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
-_WHAT_TO_DO: Mapping[str, str] = {
-    "other_kind": "choose the method that fits these examples",
-    "template_mismatch": "they were served with another chat template; collect new ones",
-    "template_refused": "the base's chat template takes no such conversation; change the roles",
-    "too_long": "raise max_length",
-    "empty": "their answers have no text",
-    "near_validation": "the validation file has their like; give others",
-}
 
 
 class NothingToLearn(DataError):
@@ -94,7 +89,15 @@ def train(config: TrainingConfig, emit: Emit) -> None:
     held = None if config.validation_file is None else read_rows([config.validation_file])
     identity = _run_identity(config)
     model = TunedModel(config)
-    renderer = Renderer(model.tokenizer, model.end_token_ids, max_length=config.max_length)
+    renderer = Renderer(
+        model.tokenizer,
+        model.end_token_ids,
+        template=replace(
+            read_template(config.base_path), special_tokens=model.tokenizer.special_tokens_map
+        ),
+        control_tokens=read_control_tokens(config.base_path),
+        max_length=config.max_length,
+    )
     if held is None:
         examples = _share_examples(config, renderer, rows)
     else:
@@ -172,7 +175,7 @@ def _check_teaches(
 
 def _describe_drops(drops: Mapping[str, int]) -> str:
     reasons = (
-        f"{count} dropped as {reason} ({_WHAT_TO_DO[reason]})" for reason, count in drops.items()
+        f"{count} dropped as {reason} ({WHAT_TO_DO[reason]})" for reason, count in drops.items()
     )
     return "; ".join(reasons)
 

@@ -9,28 +9,14 @@ import pytest
 
 from feedback.tables import Answer, AnswerText
 from server.endpoints.bodies import WORKER_BODY_BYTES
-from server.endpoints.internal import until_end_of_turn
 from server.engines.fake import BASE, FakeEngine, Faults, fake_logprobs, fake_tokens
 from tests.gateway_fixtures import RunningGateway
 from tuner import releases
-from tuner.client import GatewayClient, Score
+from tuner.client import Asked, GatewayClient, Score
 
 PROMPT = [{"role": "user", "content": "hi"}]
 ANSWER = {"role": "assistant", "content": "hello"}
 EOS = 2
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([5, 6, 2, 10], [5, 6, 2]),  # the template's line feed goes
-        ([5, 2, 6, 2], [5, 2, 6, 2]),
-        ([5, 6], [5, 6, 2]),  # a template without one
-        ([], [2]),
-    ],
-)
-def test_a_completion_ends_with_its_end_token(tokens: list[int], expected: list[int]) -> None:
-    assert until_end_of_turn(tokens, (EOS, 3)) == expected
 
 
 def test_scores_are_those_of_the_completion_s_tokens_under_the_release_s_weights(
@@ -47,9 +33,10 @@ def test_scores_are_those_of_the_completion_s_tokens_under_the_release_s_weights
         slot = client.take_evaluation_slot(candidate.name)
         with client.keep_evaluation_slot(slot) as check:
             scores = [
-                client.score(name, [(PROMPT, ANSWER)])[0] for name in (candidate.name, "tiny")
+                client.score(name, [(Asked(PROMPT), ANSWER)])[0]
+                for name in (candidate.name, "tiny")
             ]
-            written = client.generate(candidate.name, PROMPT, max_tokens=8)
+            written = client.generate(candidate.name, Asked(PROMPT), max_tokens=8)
             check()
     for score, signature in zip(scores, (candidate.signature, BASE), strict=True):
         assert isinstance(score, Score)
@@ -73,7 +60,7 @@ def test_what_the_template_renders_otherwise_together_is_not_scored(
     good = {"prompt": PROMPT, "completion": [ANSWER]}
     body = {"model": "tiny", "items": [odd, good]}
     items = client.post("/internal/score", json=body).json()["items"]
-    assert items[0] == {"error": "template_mismatch"}
+    assert items[0] == {"error": "answer_rewritten"}
     assert items[1]["completion_tokens"] > 0
 
 

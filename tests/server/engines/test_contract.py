@@ -150,11 +150,7 @@ async def test_refusals_carry_the_engines_status_and_words(
         (lambda: engine.touch("nobody"), 404, "The model `nobody` does not exist."),
         (lambda: engine.prompt_logprobs("nobody", [[1, 2]]), 404, "does not exist"),
         (lambda: engine.prompt_logprobs("tiny", [[]]), 400, "prompt cannot be empty"),
-        (
-            lambda: engine.tokenize("nobody", MESSAGES, add_generation_prompt=True),
-            404,
-            "does not exist",
-        ),
+        (lambda: engine.tokenize("nobody", MESSAGES), 404, "does not exist"),
         (stranger.list_models, 401, "Unauthorized"),
     ]
     for call, status, words in table:
@@ -186,7 +182,7 @@ async def test_error_replies_are_passed_through_byte_by_byte(engine: VllmEngine)
 
 
 async def test_a_plain_chat_answer(engine: VllmEngine) -> None:
-    prompt = await engine.tokenize("tiny", MESSAGES, add_generation_prompt=True)
+    prompt = await engine.tokenize("tiny", MESSAGES)
     status, body = await ask(engine, chat("tiny", 5), id="abc")
     assert status == 200
     count = len(prompt)
@@ -204,7 +200,7 @@ async def test_a_plain_chat_answer(engine: VllmEngine) -> None:
 
 @pytest.mark.parametrize("usage", [True, False])
 async def test_a_streamed_chat_answer(engine: VllmEngine, usage: bool) -> None:
-    prompt = len(await engine.tokenize("tiny", MESSAGES, add_generation_prompt=True))
+    prompt = len(await engine.tokenize("tiny", MESSAGES))
     more = {"stream_options": {"include_usage": True}} if usage else {}
     status, body = await ask(engine, chat("tiny", 3, stream=True, **more), id="abc")
     assert status == 200
@@ -391,11 +387,10 @@ async def test_the_model_list_is_vllms(engine: VllmEngine, address: EngineAddres
     )
 
 
-async def test_the_generation_prompt_is_a_suffix(engine: VllmEngine) -> None:
-    without = await engine.tokenize("tiny", MESSAGES, add_generation_prompt=False)
-    with_prompt = await engine.tokenize("tiny", MESSAGES, add_generation_prompt=True)
-    assert with_prompt[: len(without)] == without
-    assert len(with_prompt) > len(without)
+async def test_a_rendered_text_is_read_as_the_prompt_was(engine: VllmEngine) -> None:
+    prompt = await engine.tokenize("tiny", [{"role": "system", "content": "Hi"}])
+    text = "<|im_start|>system\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert await engine.tokenize_text("tiny", text) == prompt
 
 
 async def test_figures_tell_weights_apart_and_a_new_name_keeps_them(

@@ -98,9 +98,14 @@ class SlotsEngine:
     async def touch(self, name: str) -> None:
         self.slots.use(self.slots.served[name])
 
+    max_model_len = None
+
     async def tokenize(
-        self, model: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+        self, model: str, messages: Sequence[Mapping[str, Any]], **_: Any
     ) -> list[int]:
+        raise NotImplementedError
+
+    async def tokenize_text(self, model: str, text: str) -> list[int]:
         raise NotImplementedError
 
     async def prompt_logprobs(

@@ -29,6 +29,8 @@ from server.engines.process import (
 from server.machine import GIB, Machine
 from server.settings import EngineSettings, ModelSettings, Settings
 from tuner.base_models import BaseModel
+from tuner.chat_template import ChatTemplate
+from tuner.control_tokens import ControlTokens
 
 LAPTOP = Machine("x86_64", (0, 1), frozenset({"avx2"}), 16 * GIB, "cpu")
 BASE = BaseModel(
@@ -41,6 +43,8 @@ BASE = BaseModel(
     vocab_size=300,
     eos_token_ids=(2,),
     linear_modules={},
+    chat_template=ChatTemplate("{{ messages[0]['content'] }}"),
+    control_tokens=ControlTokens(),
 )
 
 
@@ -160,6 +164,21 @@ def test_further_arguments_are_handed_on_verbatim_and_win() -> None:
 def test_arguments_that_would_cut_the_gateway_off_are_refused(key: str) -> None:
     with pytest.raises(ValidationError, match=key.strip("-").replace("_", "-")):
         command(args={key: "x"})
+
+
+@pytest.mark.parametrize(
+    "key", ["chat_template", "tokenizer", "tokenizer-mode", "hf-overrides.rope_theta", "config"]
+)
+def test_arguments_by_which_an_engine_would_read_otherwise_than_the_trainer_are_refused(
+    key: str,
+) -> None:
+    with pytest.raises(ValidationError, match="than adapters are tuned with"):
+        command(args={key: "x"})
+
+
+def test_a_context_beyond_the_base_s_own_is_refused() -> None:
+    with pytest.raises(EngineSettingsError, match=r"at most 8192 tokens"):
+        command(max_model_len=8193)
 
 
 def test_the_hub_is_off_for_the_bundled_model_only() -> None:
