@@ -21,8 +21,10 @@ from pydantic_core import from_json, to_json
 
 from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest, TooLarge
+from feedback.formats.messages import as_sent
 from feedback.numbers import whole, whole_fields
 from server.errors import describe_field
+from tuner.control_tokens import ControlTokens
 
 Request = TypeVar("Request", bound="Sampling")
 
@@ -237,8 +239,12 @@ def engine_body(
     for name, value in parsed.given.items():
         if name not in NOT_FORWARDED and name not in ignored and value is not None:
             body[name] = value
+    if not body.get("tools"):
+        body.pop("tools", None)  # some templates write that there are tools where the list is empty
     body["model"] = engine_name
     if "messages" in parsed.given and "messages" not in ignored:
+        if any(isinstance(m.get("content"), list) or "reasoning_content" in m for m in messages):
+            messages = as_sent(messages)
         body["messages"] = [
             {k: v for k, v in message.items() if k != OURS} if OURS in message else message
             for message in messages
@@ -274,8 +280,8 @@ def with_system_prompt(
     if not prepend:
         return messages
     theirs = messages[0].get("content")
-    if isinstance(theirs, list):
-        joined: Any = [{"type": "text", "text": prompt + "\n\n"}, *theirs]
+    if isinstance(theirs, list):  # an engine is sent parts line by line
+        joined: Any = [{"type": "text", "text": prompt + "\n"}, *theirs]
     else:
         joined = f"{prompt}\n\n{theirs or ''}"
     return [{**messages[0], "content": joined, OURS: True}, *messages[1:]]
@@ -406,6 +412,20 @@ def _check_part(where: str, part: Any) -> None:
         raise BadRequest(f"{where} has a part of type {kind[:80]!r}, expected 'text'", param=where)
     if not isinstance(part.get(kind), str):
         raise BadRequest(f"{where} has a {kind} part without a string in {kind!r}", param=where)
+
+
+def encode_body(body: dict[str, Any], control_tokens: ControlTokens) -> bytes:
+    """What an engine is sent, as JSON: no text in a chat becomes a control token.
+
+    A text completion goes as it is: it is what the model reads, template and all.
+    """
+    encoded = to_json(body)
+    if "messages" not in body or not control_tokens.may_be_in(encoded):
+        return encoded
+    defused = {**body, "messages": control_tokens.defuse(body["messages"])}
+    if "tools" in body:
+        defused["tools"] = control_tokens.defuse_tools(body["tools"])
+    return to_json(defused)
 
 
 def is_task(parsed: Parsed, prefixes: Sequence[str]) -> bool:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic_core import to_json
 from starlette.types import Receive, Send
 from starlette.types import Scope as HttpScope
 
@@ -44,6 +43,7 @@ from server.wire import (
     Parsed,
     TextRequest,
     check_tools,
+    encode_body,
     engine_body,
     is_task,
     offers_tools,
@@ -400,7 +400,7 @@ def _exchange(
         root_hash=root,
         sampling={k: v for k, v in sent.items() if k not in _NOT_SAMPLING},
         template_hash=gateway.base.template_hash if release is None else release.template_hash,
-        tools=parsed.given.get("tools"),
+        tools=sent.get("tools"),
         metadata=parsed.given.get("metadata") or {},
         external_conversation_id=external_id,
         earlier=earlier,
@@ -409,7 +409,7 @@ def _exchange(
     )
     return Exchange(
         path=path,
-        body=to_json(sent),
+        body=encode_body(sent, gateway.base.control_tokens),
         request_id=number,
         engine_name=chosen.engine_name,
         public_name=chosen.public_name,
