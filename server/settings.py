@@ -67,6 +67,29 @@ SETTINGS_OF_ARGS = {
 on what the settings say.
 """
 
+PROMPT_ARGS = frozenset(
+    {
+        "chat-template",
+        "chat-template-content-format",
+        "code-revision",
+        "config",
+        "config-format",
+        "default-chat-template-kwargs",
+        "enable-prompt-embeds",
+        "exclude-tools-when-tool-choice-none",
+        "hf-config-path",
+        "hf-overrides",
+        "load-format",
+        "revision",
+        "skip-tokenizer-init",
+        "tokenizer",
+        "tokenizer-mode",
+        "tokenizer-revision",
+        "trust-request-chat-template",
+    }
+)
+"""Options by which an engine would read prompts or weights otherwise than the trainer does."""
+
 
 class Section(BaseModel):
     """A table of `burnish.toml`: an unknown key is an error that names it."""
@@ -151,6 +174,12 @@ class EngineSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = {name.lstrip("-").replace("_", "-").removeprefix("no-") for name in self.args}
+        for name in sorted(name for name in given if name.partition(".")[0] in PROMPT_ARGS):
+            raise ValueError(
+                f"[engine.args] may not hold {name!r}: the engine would serve by another template, "
+                "tokenizer or configuration than adapters are tuned with; change the files in the "
+                "directory of model.path, which is then another base"
+            )
         for name in sorted(given & SETTINGS_OF_ARGS.keys()):
             setting = SETTINGS_OF_ARGS[name]
             advice = "Burnish sets it itself" if setting is None else f"set {setting} instead"

@@ -159,6 +159,12 @@ def _first_deployment(session: Session, settings: Settings, base: BaseModel) -> 
                 f"({origin.base_revision[:19]}), but the model here is {base.name!r} "
                 f"({base.revision[:19]}): start with that model, or with another DATA"
             )
+        if origin.template_hash not in (None, base.template_hash):
+            raise UpgradeError(
+                f"the chat template of {base.name!r} has changed since deployment "
+                f"{deployment.name!r} was made, and what was learned under the old one would be "
+                "served under another: put it back, or start with another DATA"
+            )
     if existing:
         return None
     try:

@@ -204,7 +204,7 @@ class _Scores:
 
 def _score_in_portions(
     client: GatewayClient, subject: Subject, effort: Effort, report: Report
-) -> Iterator[tuple[Mapping[str, Any], _RowScores | None]]:
+) -> Iterator[tuple[Mapping[str, Any], _RowScores | Unscored]]:
     """The first `max_rows` rows of each kind with their scores; a few at a time are in memory."""
     counts: Counter[str] = Counter()
     chosen = []

@@ -29,6 +29,7 @@ from server.policies import Policies, merge_policies
 from server.sessions import CallerDep, GatewayDep, ReadSession
 from server.wire import Bounded
 from tuner import releases
+from tuner.base_models import BaseModel
 from tuner.tables import Adapter, Deployment, Release
 
 router = APIRouter(prefix="/admin/deployments", tags=["deployments"], route_class=JsonRoute)
@@ -207,7 +208,8 @@ async def change_deployment(
     candidates: list[str] = []
 
     def change(session: Session) -> str:
-        candidates.extend(_apply(session, caller, get_deployment(session, caller, name), body))
+        row = get_deployment(session, caller, name)
+        candidates.extend(_apply(session, gateway.base, caller, row, body))
         return name
 
     changed = await _change(gateway, caller, change)
@@ -260,6 +262,7 @@ def _create(session: Session, gateway: Gateway, caller: Caller, body: Deployment
         )
     base = gateway.base
     deployments.check_base_serves(gateway, body.base_model or base.name)
+    _check_prompt(base, body.system_prompt)
     row = releases.create_deployment(
         session,
         name=body.name,
@@ -283,7 +286,23 @@ def _create(session: Session, gateway: Gateway, caller: Caller, body: Deployment
     append_audit(session, caller, "deployment_created", row.name, aliases=body.aliases)
 
 
-def _apply(session: Session, caller: Caller, row: Deployment, body: DeploymentChange) -> list[str]:
+def _check_prompt(base: BaseModel, prompt: str | None) -> None:
+    """Raise `BadRequest` where the base's chat template takes no such system prompt."""
+    if not prompt:
+        return
+    (message,) = base.control_tokens.defuse([{"role": "system", "content": prompt}])
+    why = base.chat_template.refuses_system(message["content"])
+    if why is not None:
+        raise BadRequest(
+            f"the chat template of {base.name!r} takes no system prompt: {why[:200]}; leave it "
+            "out, and let callers say it in their first message",
+            param="system_prompt",
+        )
+
+
+def _apply(
+    session: Session, base: BaseModel, caller: Caller, row: Deployment, body: DeploymentChange
+) -> list[str]:
     """Make the change; the name of the candidate that it took, if it took one."""
     if body.aliases is not None:
         releases.set_aliases(session, row.name, body.aliases)
@@ -293,6 +312,7 @@ def _apply(session: Session, caller: Caller, row: Deployment, body: DeploymentCh
     prompt, sampling = production.system_prompt, production.sampling
     if "system_prompt" in body.model_fields_set:
         prompt = body.system_prompt
+        _check_prompt(base, prompt)
     if "sampling" in body.model_fields_set:
         sampling = body.sampling.to_json() if body.sampling is not None else {}
     made: list[str] = []

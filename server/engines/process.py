@@ -104,6 +104,11 @@ def engine_command(
         )
     if settings.model.path == BUNDLED_MODEL:
         environment["HF_HUB_OFFLINE"] = "1"
+    if (settings.engine.max_model_len or 0) > base.max_position_embeddings:
+        raise EngineSettingsError(
+            f"engine.max_model_len is {settings.engine.max_model_len}, but {base.name!r} reads at "
+            f"most {base.max_position_embeddings} tokens (max_position_embeddings in config.json)"
+        )
     if settings.engine.max_model_len is not None:
         options["max-model-len"] = settings.engine.max_model_len
     if machine.device == "cpu":

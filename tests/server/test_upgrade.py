@@ -166,6 +166,13 @@ def test_a_first_upgrade_makes_what_a_gateway_needs(empty: Database, tmp_path: P
     assert written == {"url": URL, "api_key": made.admin_key}
 
 
+def test_a_base_whose_template_has_changed_is_not_started(empty: Database, tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    upgrade(settings, empty, BASE, url=URL)
+    with pytest.raises(UpgradeError, match="the chat template of 'tiny' has changed"):
+        upgrade(settings, empty, replace(BASE, template_hash="another"), url=URL)
+
+
 def test_a_second_upgrade_changes_nothing(empty: Database, tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     upgrade(settings, empty, BASE, url=URL)

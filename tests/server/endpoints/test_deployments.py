@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sqlalchemy import select
 
 from feedback.tables import AuditEntry
 from server import wire
 from server.endpoints.deployments import SamplingDefaults
+from tests.chat_templates import NO_SYSTEM
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_candidate, add_deployment, add_evaluation, build_adapter
+from tuner.chat_template import ChatTemplate
 from tuner.tables import Decision, Release
 
 
@@ -228,3 +232,21 @@ def test_sampling_defaults_have_the_bounds_of_requests() -> None:
     ours = SamplingDefaults.model_json_schema()["properties"]
     theirs = wire.Sampling.model_json_schema()["properties"]
     assert ours == {name: theirs[name] for name in ours}
+
+
+def test_a_system_prompt_that_the_base_s_template_refuses_is_refused(
+    running_gateway: RunningGateway,
+) -> None:
+    gateway, admin = running_gateway.gateway, running_gateway.client()
+    gateway.base = replace(gateway.base, chat_template=ChatTemplate(NO_SYSTEM))
+    gateway.fleet.capacity = 7
+    replies = [
+        admin.post("/admin/deployments", json={"name": "poet", "system_prompt": "Rhyme."}),
+        admin.patch("/admin/deployments/assistant", json={"system_prompt": "Rhyme."}),
+    ]
+    for reply in replies:
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, "system_prompt")
+        assert "System role not supported" in error["message"]
+    unset = admin.patch("/admin/deployments/assistant", json={"system_prompt": None})
+    assert unset.status_code == 200
