@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from feedback.curation.examples import ExampleKind
 from feedback.db import canonical_json
 from feedback.errors import BadRequest
-from feedback.numbers import WholeNumbers
+from feedback.numbers import whole
 
 
-class Policy(WholeNumbers):
+class Policy(BaseModel):
     """How verdicts become examples. Immutable; two equal policies have one hash."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -71,7 +71,8 @@ class Policy(WholeNumbers):
         Raises BadRequest with every problem: unknown keys, wrong types, values out of bounds.
         """
         try:
-            return cls.model_validate_json(canonical_json(value))
+            stated = {key: whole(item) for key, item in value.items()}
+            return cls.model_validate_json(canonical_json(stated))
         except ValidationError as error:
             known = ", ".join(cls.model_fields)
             problems = []
