@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_SERIES = 200
+MOST_REQUEST_SERIES = 2_000  #: routes are ours and known, and so are statuses
 MOST_HISTOGRAMS = 50  #: each is some twenty lines
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -36,14 +37,15 @@ Sample = tuple[Mapping[str, str], float]
 class Counter:
     """Grows; one figure for each combination of labels. Any thread may add."""
 
-    def __init__(self, *labels: str) -> None:
+    def __init__(self, *labels: str, most: int = MOST_SERIES) -> None:
         self._labels = labels
+        self._most = most
         self._figures: dict[tuple[str, ...], int] = {}
         self._lock = threading.Lock()
 
     def add(self, *values: str, amount: int = 1) -> None:
         with self._lock:
-            if values not in self._figures and len(self._figures) >= MOST_SERIES:
+            if values not in self._figures and len(self._figures) >= self._most:
                 values = (_OTHER,) * len(values)
             self._figures[values] = self._figures.get(values, 0) + amount
 
@@ -88,7 +90,7 @@ class Figures:
     """What the hot path counts."""
 
     def __init__(self) -> None:
-        self.requests = Counter("route", "status")
+        self.requests = Counter("route", "status", most=MOST_REQUEST_SERIES)
         self.answers = Counter("release", "arm", "status")
         self.prompt_tokens = Counter("release", "arm")
         self.completion_tokens = Counter("release", "arm")
