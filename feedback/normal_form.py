@@ -30,7 +30,22 @@ def normalise(text: str) -> str:
 
 def cut_runs(text: str) -> str:
     """`text` with a joiner after every 30 combining characters in a row, others as they are."""
-    return _long_runs().sub(_cut, text)
+    return _long_runs().sub(_cut, text) if _has_long_run(text) else text
+
+
+def _has_long_run(text: str) -> bool:
+    # A long run has a character at one of these places: ordinary text is hardly looked at.
+    marks, step = _marks(), LONGEST_RUN + 1
+    for number, character in enumerate(text[::step]):
+        if character in marks:
+            first = last = number * step
+            while first > 0 and last - first < LONGEST_RUN and text[first - 1] in marks:
+                first -= 1
+            while last + 1 < len(text) and last - first < LONGEST_RUN and text[last + 1] in marks:
+                last += 1
+            if last - first == LONGEST_RUN:
+                return True
+    return False
 
 
 def _cut(found: re.Match[str]) -> str:
@@ -39,7 +54,12 @@ def _cut(found: re.Match[str]) -> str:
 
 
 @cache
-def _long_runs() -> re.Pattern[str]:
+def _marks() -> frozenset[str]:
     # Every code point is looked at: some milliseconds, once.
-    marks = [chr(c) for c in range(0x300, _MARKS_END) if unicodedata.combining(chr(c))]
-    return re.compile(f"[{''.join(marks)}{_MARKS_IN_EFFECT}]{{{LONGEST_RUN + 1},}}")
+    marks = {chr(c) for c in range(0x300, _MARKS_END) if unicodedata.combining(chr(c))}
+    return frozenset(marks | set(_MARKS_IN_EFFECT))
+
+
+@cache
+def _long_runs() -> re.Pattern[str]:
+    return re.compile(f"[{''.join(sorted(_marks()))}]{{{LONGEST_RUN + 1},}}")

@@ -43,6 +43,14 @@ def test_any_mixture_of_letters_and_marks_is_bounded(text: str) -> None:
     assert longest_run(cut_runs(text)) <= MOST_SORTED
 
 
+@pytest.mark.parametrize("marks", [LONGEST_RUN, LONGEST_RUN + 1, 2 * LONGEST_RUN])
+def test_a_long_run_is_found_wherever_it_stands(marks: int) -> None:
+    for before in range(2 * LONGEST_RUN + 3):
+        for after in ("", "b" * 40):
+            text = "a" * before + "\u0301" * marks + after
+            assert (cut_runs(text) != text) == (marks > LONGEST_RUN)
+
+
 def test_every_character_that_can_lengthen_a_run_is_cut() -> None:
     """Of all that Unicode has: what is marks alone in NFKD."""
     for code in range(sys.maxunicode + 1):
