@@ -7,12 +7,14 @@ exist, and the audit entries of routes. Does not own: whose answers somebody see
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback import audit
+from feedback.db import canonical_json
 from feedback.errors import Forbidden, NotFound, RateLimited
 from feedback.tables import Dataset, File
 from server.auth import Caller, Scope, list_makers
@@ -142,6 +144,9 @@ def check_job_quota(session: Session, caller: Caller, settings: Settings) -> Non
         )
 
 
+_ABRIDGED_CHARS = 400  #: of a detail that is too long for the audit log
+
+
 def append_audit(
     session: Session, caller: Caller, action: str, subject: str, **details: Any
 ) -> None:
@@ -153,8 +158,27 @@ def append_audit(
         made_by=list_makers(session, caller.key.id),
         action=action,
         subject=subject,
-        details=details,
+        details=_abridge(details),
     )
+
+
+def _abridge(details: dict[str, Any]) -> dict[str, Any]:
+    """`details` as an entry has room for them: of the longest the beginning, its length and hash.
+
+    What a caller may set can be longer than what the log keeps of it: many aliases, a policy.
+    """
+    kept = dict(details)
+    texts = {name: canonical_json(value) for name, value in details.items()}
+    for name in sorted(texts, key=lambda name: -len(texts[name])):
+        if len(canonical_json(kept)) <= audit.MAX_DETAILS_CHARS:
+            break
+        text = texts[name]
+        kept[name] = {
+            "begins": text[:_ABRIDGED_CHARS],
+            "characters": len(text),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+    return kept
 
 
 def _unknown(what: str, name: str, listed: str, param: str | None) -> NotFound:

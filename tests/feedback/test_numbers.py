@@ -58,5 +58,7 @@ def test_what_is_no_whole_number_is_refused(broken: dict[str, Any]) -> None:
 def test_a_policy_takes_whole_numbers_with_a_point() -> None:
     given = Policy.from_json({"stars_true": 5.0, "person_cap": 20.0, "holdout_share": 0.0})
     assert given == Policy.from_json({"stars_true": 5, "person_cap": 20, "holdout_share": 0.0})
+    lists = {"kinds": ["preference"], "excluded_people": ["person_1"], "stars_true": 5.0}
+    assert Policy.from_json(lists).excluded_people == ("person_1",)
     with pytest.raises(BadRequest, match="stars_true"):
         Policy.from_json({"stars_true": 4.5})

@@ -250,3 +250,22 @@ def test_a_system_prompt_that_the_base_s_template_refuses_is_refused(
         assert "System role not supported" in error["message"]
     unset = admin.patch("/admin/deployments/assistant", json={"system_prompt": None})
     assert unset.status_code == 200
+
+
+def test_what_is_longer_than_the_audit_log_keeps_is_written_down_in_short(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    sqlite_gateway.gateway.fleet.capacity = 7
+    admin = sqlite_gateway.client()
+    names = [f"a{number:03d}{'x' * 124}" for number in range(64)]
+    curation = {"curation": {"excluded_people": [f"person_{number}" for number in range(2_000)]}}
+    body = {"name": "second", "aliases": names, "policies": curation}
+    made = admin.post("/admin/deployments", json=body)
+    assert (made.status_code, made.json()["aliases"]) == (201, names)
+    changed = admin.patch("/admin/deployments/second", json={"policies": curation})
+    assert changed.status_code == 200, changed.text
+    with sqlite_gateway.database.read() as session:
+        found = {e.action: e.details for e in session.scalars(select(AuditEntry))}
+    aliases = found["deployment_created"]["aliases"]
+    assert aliases["begins"].startswith(f'["{names[0]}",')
+    assert aliases["characters"] > 64 * 128
