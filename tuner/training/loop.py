@@ -52,7 +52,7 @@ from tuner.training.data import (
 from tuner.training.guards import KlSample, check_chosen_drop, check_finite, check_kl
 from tuner.training.layout import pack, sequences_of
 from tuner.training.losses import Metrics
-from tuner.training.model import TunedModel
+from tuner.training.model import TunedModel, load_tokenizer, read_end_token_ids
 from tuner.training.objective import Objective, add_metrics
 from tuner.training.probe import build_probe
 from tuner.training.references import LogProbs, References
@@ -88,12 +88,13 @@ def train(config: TrainingConfig, emit: Emit) -> None:
     rows = read_rows(config.train_files)
     held = None if config.validation_file is None else read_rows([config.validation_file])
     identity = _run_identity(config)
-    model = TunedModel(config)
+    # What can't be trained on is told before the model takes its time and its memory.
+    tokenizer = load_tokenizer(config.base_path)
     renderer = Renderer(
-        model.tokenizer,
-        model.end_token_ids,
+        tokenizer,
+        read_end_token_ids(config.base_path, tokenizer),
         template=replace(
-            read_template(config.base_path), special_tokens=model.tokenizer.special_tokens_map
+            read_template(config.base_path), special_tokens=tokenizer.special_tokens_map
         ),
         control_tokens=read_control_tokens(config.base_path),
         max_length=config.max_length,
@@ -102,6 +103,7 @@ def train(config: TrainingConfig, emit: Emit) -> None:
         examples = _share_examples(config, renderer, rows)
     else:
         examples = _hold_examples(config, renderer, rows, held)
+    model = TunedModel(config, tokenizer)
     _Run(config, identity, model, renderer, examples, emit).train()
 
 

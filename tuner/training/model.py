@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tuner.adapters import CONFIG_FILE, WEIGHTS_FILE, build_adapter_config
 from tuner.training.checkpoint import write_folder
@@ -35,19 +35,21 @@ _LAYOUT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 class TunedModel:
     """A frozen base with a trainable adapter."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig, tokenizer: Any = None) -> None:
         """Load the base of `config` and put a new adapter into it (or `warm_start`'s).
 
-        Raises `ConfigError` where the base has none of the modules, or the warm start doesn't fit.
+        `tokenizer` is the base's own, where it was loaded before. Raises `ConfigError` where the
+        base has none of the modules, or the warm start doesn't fit.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype_name = config.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
         self._config = config
-        base, self.tokenizer = _load_base(config.base_path, self.dtype)
+        self.tokenizer = load_tokenizer(config.base_path) if tokenizer is None else tokenizer
+        base = _load_base(config.base_path, self.dtype)
         base.to(self.device)
         self.vocab_size: int = base.get_output_embeddings().weight.shape[0]
-        self.end_token_ids = _end_token_ids(base, self.tokenizer)
+        self.end_token_ids = read_end_token_ids(config.base_path, self.tokenizer)
         torch.manual_seed(config.seed)
         self.target_modules = _target_modules(base, config.target_modules)
         self._peft = _add_adapter(base, config, self.target_modules)
@@ -228,23 +230,26 @@ def _pick(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     return picked
 
 
-def _load_base(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer in the directory `path`."""
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in the directory `path`, without the model. Raises `ConfigError`."""
     if not path.is_dir():
         raise ConfigError(f"base_path: there is no directory {str(path)!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        base = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_path: {str(path)!r} holds no model to load ({error})") from None
-    return base, tokenizer
+        raise _no_model(path, error) from None
 
 
-def _end_token_ids(base: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens at which an engine ends an answer."""
-    declared = base.generation_config.eos_token_id if base.generation_config else None
+def read_end_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens at which an engine ends an answer. Raises `ConfigError` where there is none."""
+    try:
+        # As a loaded model has it: what the file doesn't say, the model's configuration does.
+        generation = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:
+        generation = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(path, local_files_only=True)
+        )
+    declared = generation.eos_token_id
     ids = list(declared) if isinstance(declared, list) else [declared]
     found = tuple(
         dict.fromkeys(int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None)
@@ -255,6 +260,19 @@ def _end_token_ids(base: Any, tokenizer: Any) -> tuple[int, ...]:
             "names one as eos_token"
         )
     return found
+
+
+def _load_base(path: Path, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise _no_model(path, error) from None
+
+
+def _no_model(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"base_path: {str(path)!r} holds no model to load ({error})")
 
 
 def _target_modules(base: Any, asked: Sequence[str] | None) -> tuple[str, ...]:

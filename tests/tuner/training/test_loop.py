@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +398,17 @@ def test_a_run_without_anything_to_learn_says_why(
 ) -> None:
     with pytest.raises(NothingToLearn, match=said):
         train_here(build_config(tmp_path, tiny_model, rows, **changes))
+
+
+def test_nothing_to_learn_is_told_before_the_model_is_loaded(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "model.safetensors").write_bytes(b"no weights")
+    config = build_config(tmp_path, base, supervised_rows(2), max_length=20)
+    with pytest.raises(NothingToLearn, match="2 dropped as too_long"):
+        train_here(config)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_run_through_the_worker_s_own_reader(tmp_path: Path, tiny_model: Path)
     ("changes", "exit_code", "code"),
     [
         ({}, ExitCode.REFUSED, "nothing_to_learn"),
-        ({"target_modules": ("w_proj",)}, ExitCode.REFUSED, "bad_config"),
+        ({"method": "dpo", "target_modules": ("w_proj",)}, ExitCode.REFUSED, "bad_config"),
         ({"train_files": ("missing.jsonl",)}, ExitCode.REFUSED, "bad_data"),
         ({"method": "dpo", "max_kl": 1e-9}, ExitCode.GUARDED, "guard_kl"),
     ],
