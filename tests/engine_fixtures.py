@@ -124,6 +124,7 @@ def start_vllm(
     # A random model never ends the blanks that JSON allows between its parts.
     outputs = {"backend": "xgrammar", "disable_any_whitespace": True}
     command += ["--structured-outputs-config", json.dumps(outputs)]
+    command += ["--trust-request-chat-template"]  # for the grid of templates, and nothing else
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     # Guarded, as the supervisor starts it: nothing is left even when the test run is killed.
     with log.open("wb") as output:
