@@ -71,6 +71,8 @@ class StartedAnswer:
 class EndedAnswer:
     """How an answer ended; `choices` are OpenAI's `{index, message, finish_reason}`, by index.
 
+    One that a text of the request's `stop` ended has that as `stop_reason`.
+
     `hashes` name the conversation up to each choice (`MessagesHash`): the next turn finds it so.
     """
 

@@ -159,7 +159,7 @@ class AnswerText(Base):
     tools: Mapped[list[dict[str, Any]] | None] = mapped_column(JsonInOrder)
     choices: Mapped[list[dict[str, Any]] | None] = mapped_column(
         CanonicalJson
-    )  #: index, message, finish_reason
+    )  #: index, message, finish_reason, and stop_reason where a text of `stop` ended it
     reasoning: Mapped[list[str | None] | None] = mapped_column(CanonicalJson)  #: one per choice
 
 

@@ -124,6 +124,7 @@ class Heard:
     reasoning: dict[int, list[str]] = field(default_factory=dict)
     tool_calls: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     finish: dict[int, str | None] = field(default_factory=dict)
+    stopped_by: dict[int, str] = field(default_factory=dict)  #: texts of the request's `stop`
     usage: dict[str, Any] | None = None
     first_token_at: datetime | None = None
 
@@ -145,6 +146,7 @@ class Heard:
                 self._hear_call(index, call)
             if choice.get("finish_reason") is not None:
                 self.finish[index] = choice["finish_reason"]
+                self._hear_stop(choice)
 
     def hear_whole(self, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Take the choices of an answer in one piece; what is recorded of them."""
@@ -160,8 +162,20 @@ class Heard:
                 self.reasoning[index] = [thought]
             self.texts[index] = [message["content"] or ""]
             self.finish[index] = finish
-            recorded.append({"index": index, "message": message, "finish_reason": finish})
+            self._hear_stop(choice)
+            recorded.append(self._choice(index, message))
         return recorded
+
+    def _hear_stop(self, choice: dict[str, Any]) -> None:
+        # vLLM names the text; a number is a token by which the model itself ended.
+        if isinstance(choice.get("stop_reason"), str):
+            self.stopped_by[choice["index"]] = choice["stop_reason"]
+
+    def _choice(self, index: int, message: dict[str, Any]) -> dict[str, Any]:
+        made = {"index": index, "message": message, "finish_reason": self.finish.get(index)}
+        if index in self.stopped_by:
+            made["stop_reason"] = self.stopped_by[index]
+        return made
 
     def _hear_call(self, index: int, call: dict[str, Any]) -> None:
         calls = self.tool_calls.setdefault(index, {})
@@ -182,9 +196,7 @@ class Heard:
             if index in self.tool_calls:
                 message["tool_calls"] = [call for _, call in sorted(self.tool_calls[index].items())]
                 message["content"] = message["content"] or None
-            made.append(
-                {"index": index, "message": message, "finish_reason": self.finish.get(index)}
-            )
+            made.append(self._choice(index, message))
         return made
 
     def thoughts(self) -> list[str | None] | None:

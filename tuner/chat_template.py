@@ -162,6 +162,11 @@ def until_end_of_turn(tokens: Sequence[int], ends: Sequence[int]) -> tuple[int, 
     return (*tokens, *ends[:1])
 
 
+def without_end(completion: Sequence[int]) -> tuple[int, ...]:
+    """What a model wrote of an answer that was cut off: all but the end token."""
+    return tuple(completion[:-1])
+
+
 def _template_message(message: Message, *, as_parts: bool) -> dict[str, Any]:
     role = message["role"]
     texts = _texts(message.get("content"))

@@ -46,7 +46,7 @@ class DropReason(StrEnum):
     FAILED = "failed"  #: there is no answer
     EMPTY_ANSWER = "empty_answer"  #: the answer has neither text that can be seen nor tool calls
     EMPTY_CORRECTION = "empty_correction"  #: the correction has no text that can be seen
-    TRUNCATED = "truncated"  #: would teach to stop where the length limit struck
+    TRUNCATED = "truncated"  #: cut off by a limit or a stop text; would teach to end there
     UNCHANGED_CORRECTION = "unchanged_correction"  #: says what the answer says
     SMALL_EDIT = "small_edit"  #: teaches by example only: near-equal pairs push both down
     EQUAL_ANSWERS = "equal_answers"  #: both sides of a comparison say the same
@@ -78,7 +78,7 @@ class AnswerFacts:
     root_hash: str  #: of its conversation
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
-    choices: tuple[dict[str, Any], ...] = ()  #: `{index, message, finish_reason}`
+    choices: tuple[dict[str, Any], ...] = ()  #: `{index, message, finish_reason, stop_reason}`
     template_hash: str | None = None
     prompt_tokens: int | None = None
     #: variables of the chat template that the request set, as `enable_thinking`

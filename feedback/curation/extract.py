@@ -164,6 +164,10 @@ _UNFIT_STATUSES = {
 }
 
 
+# Finish reasons of an answer that the model ended; None where an engine gives none.
+_BY_ITSELF = ("stop", "tool_calls", "function_call", None)
+
+
 def _find_unfit(facts: AnswerFacts) -> DropReason | None:
     """Why nothing at all can be learned from this answer."""
     if facts.kind != AnswerKind.CHAT:
@@ -229,9 +233,10 @@ def _find_message(facts: AnswerFacts, choice_index: int) -> Message | None:
 def _find_completion(
     facts: AnswerFacts, choice_index: int, policy: Policy, *, as_model: bool
 ) -> Message:
-    """A choice as something to learn from;
+    """A choice as something to learn from.
 
-    `as_model`: to be imitated, so it must have ended by itself.
+    `as_model`: to be imitated, so it must have ended by itself. As a bad example one that was cut
+    off is marked `cut_off`: the model wrote no end token there, and none is trained.
     """
     reason = _find_unfit(facts) or _UNFIT_STATUSES.get(AnswerStatus(facts.status))
     if reason is not None:
@@ -239,13 +244,11 @@ def _find_completion(
     message = _find_message(facts, choice_index)
     if message is None or is_blank(_flatten(message)):
         raise _Dropped(DropReason.EMPTY_ANSWER)
-    ended = next(
-        choice.get("finish_reason")
-        for choice in facts.choices
-        if choice.get("index") == choice_index
-    )
-    if as_model and ended == "length":
-        raise _Dropped(DropReason.TRUNCATED)
+    choice = next(choice for choice in facts.choices if choice.get("index") == choice_index)
+    if choice.get("finish_reason") not in _BY_ITSELF or choice.get("stop_reason") is not None:
+        if as_model:
+            raise _Dropped(DropReason.TRUNCATED)
+        message["cut_off"] = True
     return _check_length(message, policy)
 
 

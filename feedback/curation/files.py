@@ -166,8 +166,9 @@ class _Stream:
 
 
 def to_openai(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row in OpenAI's fine-tuning format; None for a labelled one, which has no form there.
+    """The row in OpenAI's fine-tuning format; None for one that has no form there.
 
+    Labelled rows have none, nor pairs whose rejected answer was cut off: every answer ends there.
     OpenAI's chat rows teach every assistant turn that isn't weighted 0, ours only the last.
     """
     prompt: list[Message] = list(row["prompt"])
@@ -178,7 +179,7 @@ def to_openai(row: Mapping[str, Any]) -> dict[str, Any] | None:
             for message in prompt
         ]
         return {"messages": [*earlier, *row["completion"]], **tools}
-    if row["kind"] == ExampleKind.PREFERENCE:
+    if row["kind"] == ExampleKind.PREFERENCE and not row["rejected"][0].get("cut_off"):
         return {
             "input": {"messages": prompt, **tools},
             "preferred_output": row["chosen"],

@@ -35,7 +35,7 @@ WORDS: Mapping[DropReason, str] = {
     DropReason.FAILED: "the answer failed",
     DropReason.EMPTY_ANSWER: "the answer has no text that can be seen",
     DropReason.EMPTY_CORRECTION: "it has no text that can be seen",
-    DropReason.TRUNCATED: "the length limit cut the answer off",
+    DropReason.TRUNCATED: "the answer was cut off, and did not end by itself",
     DropReason.UNCHANGED_CORRECTION: "it is the answer itself",
     DropReason.SMALL_EDIT: "less than {min_edit_share:.0%} of the answer was changed",
     DropReason.EQUAL_ANSWERS: "both answers say the same",

@@ -21,7 +21,7 @@ Message = dict[str, Any]
 Record = Mapping[str, Any]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
+_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "cut_off")
 _ADVICE = {
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),
@@ -112,6 +112,10 @@ def read_message(given: Any, where: str) -> Message:
     calls = message.get("tool_calls")
     if calls is not None:
         message["tool_calls"] = calls = _read_tool_calls(calls, message["role"], where)
+    if type(message.get("cut_off", False)) is not bool:
+        raise ValueError(f"{where!r} has 'cut_off' {show(given['cut_off'])}; true or false")
+    if not message.get("cut_off"):
+        message.pop("cut_off", None)
     if message.get("weight", 1) not in (0, 1) or isinstance(message.get("weight"), bool):
         raise ValueError(f"{where!r} has a message of weight {show(given['weight'])}; 0 or 1")
     content = given.get("content")

@@ -20,7 +20,13 @@ from server.routing import ReleaseView
 from server.sessions import CallerDep, GatewayDep
 from server.snapshot import load_release
 from tuner.base_models import BaseModel
-from tuner.chat_template import PLAIN, AnswerRewritten, TemplateRefused, until_end_of_turn
+from tuner.chat_template import (
+    PLAIN,
+    AnswerRewritten,
+    TemplateRefused,
+    until_end_of_turn,
+    without_end,
+)
 from tuner.tables import ReleaseState
 
 router = APIRouter(
@@ -152,6 +158,8 @@ async def tokenize_item(
     completion = until_end_of_turn(answer_ids, base.eos_token_ids)
     if len(completion) < 2:
         return "empty"
+    if item.completion[0].get("cut_off"):
+        completion = without_end(completion)
     longest = base.max_position_embeddings
     if engine.max_model_len is not None:
         longest = min(longest, engine.max_model_len)

@@ -19,6 +19,7 @@ from feedback.curation.examples import (
     Verdict,
 )
 from feedback.curation.extract import build_near_hash, edit_share, extract
+from feedback.curation.files import to_openai
 from feedback.curation.policy import Policy
 from feedback.errors import BadRequest
 from feedback.tables import Preferred
@@ -177,11 +178,49 @@ def test_each_reason_for_which_a_good_answer_is_not_learned(
     assert [found for found, _ in drops] == [reason]
 
 
-def test_an_answer_cut_by_the_length_limit_is_no_model_but_may_be_called_bad() -> None:
-    message = {"role": "assistant", "content": "Water from"}
-    cut = build_facts(choices=({"index": 0, "message": message, "finish_reason": "length"},))
+def build_ended(reply: str = "Water from", **ended: str | None) -> AnswerFacts:
+    """An answer that ended so."""
+    message = {"role": "assistant", "content": reply}
+    return build_facts(id="a2", choices=({"index": 0, "message": message, **ended},))
+
+
+CUT_OFF: list[dict[str, str]] = [
+    {"finish_reason": "length"},
+    {"finish_reason": "repetition"},
+    {"finish_reason": "content_filter"},
+    {"finish_reason": "stop", "stop_reason": "User:"},
+]
+
+
+@pytest.mark.parametrize("ended", CUT_OFF, ids=str)
+def test_an_answer_that_was_cut_off_is_no_model(ended: dict[str, str]) -> None:
+    cut = build_ended(**ended)
     assert make(cut, build_verdict("rating", True)) == ([], [("truncated", "labelled")])
-    assert [row["label"] for row in make(cut, build_verdict("rating", False))[0]] == [False]
+    preferred = build_compared("b", other=cut)
+    assert make(build_facts(), preferred) == ([], [("truncated", "preference")])
+
+
+@pytest.mark.parametrize("ended", CUT_OFF, ids=str)
+def test_an_answer_that_was_cut_off_is_a_bad_example_without_an_end(ended: dict[str, str]) -> None:
+    cut = build_ended(**ended)
+    marked = {"role": "assistant", "content": "Water from", "cut_off": True}
+    for said in (build_verdict("rating", False), build_compared("both_bad", other=build_facts())):
+        rows, _ = make(cut, said)
+        assert [(row["completion"], row["label"]) for row in rows] == [([marked], False)]
+    rows, _ = make(cut, build_verdict("correction", BETTER))
+    assert [row["kind"] for row in rows] == ["supervised", "preference"]
+    assert rows[1]["rejected"] == [marked]
+    assert [to_openai(row) is None for row in rows] == [False, True]
+    compared, _ = make(build_facts(), build_compared("a", other=cut))
+    assert (compared[0]["rejected"], "cut_off" in compared[0]["chosen"][0]) == ([marked], False)
+
+
+@pytest.mark.parametrize("finish", ["stop", "tool_calls", "function_call", None])
+def test_an_answer_that_ended_by_itself_teaches(finish: str | None) -> None:
+    for value in (True, False):
+        rows, drops = make(build_ended(finish_reason=finish), build_verdict("rating", value))
+        assert ([row["label"] for row in rows], drops) == ([value], [])
+        assert "cut_off" not in rows[0]["completion"][0]
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,19 @@ texts = st.sampled_from(
     ["", " ", "\u200b\u2060", "Rain.", " Rain.\u200b", "Rain is wet.", "Rain is wet", "x" * 61]
 ) | st.text(max_size=12)
 answers = st.builds(
-    build_facts,
+    lambda text, ending, **facts: build_facts(
+        choices=({"index": 0, "message": {"role": "assistant", "content": text}, **ending},),
+        **facts,
+    ),
     texts | st.none(),
+    st.sampled_from(
+        [
+            {"finish_reason": "stop"},
+            {"finish_reason": "stop"},
+            {"finish_reason": "length"},
+            {"finish_reason": "stop", "stop_reason": "User:"},
+        ]
+    ),
     kind=st.sampled_from(["chat", "chat", "chat", "task", "text", "internal"]),
     status=st.sampled_from(["complete", "complete", "started", "interrupted", "failed"]),
     stored=st.sampled_from([True, True, False]),

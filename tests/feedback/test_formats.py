@@ -157,6 +157,16 @@ def test_other_labels_are_refused(label: Any) -> None:
     assert "expected true or false, or 1 or 0" in refusal(lines(record))
 
 
+def test_an_answer_that_was_cut_off_stays_marked_so() -> None:
+    marked = [
+        read(lines({"prompt": [ASK], "chosen": [GOOD], "rejected": [{**BAD, "cut_off": cut}]}))
+        for cut in (True, False, None)
+    ]
+    assert [row["rejected"][0].get("cut_off") for (row,) in marked] == [True, None, None]
+    found = refusal(lines({"prompt": [ASK], "completion": [{**GOOD, "cut_off": 1}]}))
+    assert "'cut_off' 1; true or false" in found
+
+
 def test_the_only_answer_of_a_row_cannot_have_the_weight_0() -> None:
     unweighted = {**GOOD, "weight": 0}
     for record in (

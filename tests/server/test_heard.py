@@ -109,6 +109,23 @@ def test_a_stream_is_put_together_by_choice_with_thoughts_and_tool_calls() -> No
     assert heard.thoughts() == ["hm", None]
 
 
+@pytest.mark.parametrize(
+    ("stop_reason", "recorded"),
+    [("User:", {"stop_reason": "User:"}), (128009, {}), (None, {}), ({"a": 1}, {})],
+)
+def test_a_text_of_the_request_that_ended_an_answer_is_recorded(
+    stop_reason: Any, recorded: dict[str, str]
+) -> None:
+    """A number is a token of the model's own, by which it ended by itself."""
+    ended = {"index": 0, "finish_reason": "stop", "stop_reason": stop_reason}
+    message = {"role": "assistant", "content": "a"}
+    expected = [{"index": 0, "message": message, "finish_reason": "stop", **recorded}]
+    whole, streamed = Heard(chat=True), Heard(chat=True)
+    assert whole.hear_whole([{**ended, "message": message}]) == expected
+    streamed.hear([{**ended, "delta": {"content": "a"}}])
+    assert streamed.choices() == expected
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.text(max_size=3),
     lambda inner: (

@@ -26,6 +26,7 @@ from tuner.chat_template import (
     ChatTemplate,
     TemplateRefused,
     until_end_of_turn,
+    without_end,
 )
 from tuner.control_tokens import ControlTokens
 
@@ -80,7 +81,8 @@ class Example:
     id: str
     kind: Kind
     prompt: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]  #: each ends with the end-of-turn token
+    #: each ends with the end-of-turn token, unless the answer was cut off
+    completions: tuple[tuple[int, ...], ...]
     weight: float
     #: hash of the first user turn, hex; examples of one group stay on one side of the validation
     #: split
@@ -199,6 +201,8 @@ def _message(message: Any, key: str) -> Message:
         raise ValueError(f"{key!r} holds content other than text")
     if content is None and message["role"] != "assistant":
         raise ValueError(f"{key!r} holds a {message['role']} message without text")
+    if not isinstance(message.get("cut_off"), bool | None):
+        raise ValueError(f"'cut_off' is {message['cut_off']!r:.80}; expected true, false or null")
     calls = message.get("tool_calls")
     if not isinstance(calls, list | None) or not all(map(_is_call, calls or ())):
         raise ValueError(f"{key!r} holds tool calls that name no function")
@@ -346,9 +350,12 @@ class Renderer:
                 return "template_mismatch"
         rendered = [self._render_answer(row, messages) for messages in row.completions]
         prompt = rendered[0][0]
-        completions = tuple(completion for _, completion in rendered)
-        if any(len(completion) < 2 for completion in completions):
+        if any(len(completion) < 2 for _, completion in rendered):
             return "empty"
+        completions = tuple(
+            without_end(completion) if messages[-1].get("cut_off") else completion
+            for (_, completion), messages in zip(rendered, row.completions, strict=True)
+        )
         length = len(prompt) + max(map(len, completions))
         self.longest_tokens = max(self.longest_tokens, length)
         if length > self._max_length:

@@ -52,6 +52,18 @@ def test_scores_are_those_of_the_completion_s_tokens_under_the_release_s_weights
     assert texts == []
 
 
+def test_an_answer_that_was_cut_off_is_scored_without_an_end(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    client = sqlite_gateway.client(sqlite_gateway.worker_key)
+    items = [
+        {"prompt": PROMPT, "completion": [{**ANSWER, **more}]} for more in ({}, {"cut_off": True})
+    ]
+    reply = client.post("/internal/score", json={"model": "tiny", "items": items})
+    whole, cut = (item["completion_tokens"] for item in reply.json()["items"])
+    assert cut == whole - 1
+
+
 def test_what_the_template_renders_otherwise_together_is_not_scored(
     sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
 ) -> None:

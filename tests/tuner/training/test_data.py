@@ -27,6 +27,10 @@ from tuner.training.data import (
 
 END = 2
 USER = {"role": "user", "content": "Hi"}
+NO_END = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def assistant(text: str | None, **more: Any) -> dict[str, Any]:
@@ -84,6 +88,23 @@ def test_training_text_is_served_text_up_to_the_end_of_the_turn(
     assert found.prompt == renderer.render_prompt([USER])
     # The template's newline after the end token is never generated, so it isn't taught.
     assert tokenizer.decode(list(found.completions[0])) == "Yes<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [None, CHATML, NO_END])
+def test_an_answer_that_was_cut_off_teaches_no_end(
+    tmp_path: Path, tokenizer: Any, template: str | None
+) -> None:
+    cut = [assistant("No, be", cut_off=True)]
+    rows = read(
+        tmp_path,
+        {"prompt": [USER], "chosen": [assistant("Yes")], "rejected": cut},
+        {"prompt": [USER], "completion": cut, "label": False},
+        {"prompt": [USER], "completion": [assistant("No, be", cut_off=None)]},
+    )
+    kinds = frozenset({"preference", "labelled", "supervised"})
+    rendered = render_with(tokenizer, template).render(rows, kinds)
+    said = [[tokenizer.decode(ids) for ids in one.completions] for one in rendered.examples]
+    assert said == [["Yes<|im_end|>", "No, be"], ["No, be"], ["No, be<|im_end|>"]]
 
 
 def test_every_answer_of_a_conversation_teaches_but_those_of_weight_0(tmp_path: Path) -> None:
