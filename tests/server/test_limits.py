@@ -37,7 +37,7 @@ def account(clock: Clock, **limits: int) -> Account:
 
 
 def key(scope: str = "chat", **limits: int | None) -> KeyView:
-    return KeyView("key_1", "0" * 64, "anna", frozenset({scope}), None, False, limits)
+    return KeyView("key_1", "0" * 64, "anna", frozenset({scope}), None, False, limits=limits)
 
 
 def test_requests_beyond_the_limit_wait_until_the_bucket_has_one() -> None:
