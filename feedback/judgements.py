@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, or_, select, true, update
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from feedback.answers import get_answer
 from feedback.db import canonical_json, new_id, now
@@ -304,7 +304,9 @@ def _find_target(session: Session, viewer: Viewer, new: NewJudgement) -> _Target
         check_choice(session, answer, new.choice_index, "choice_index")
         return _Target(answer_id=answer.id, conversation_id=None, owner_id=answer.person_id)
     seen = select(Answer.conversation_id).where(
-        Answer.conversation_id == new.conversation_id, viewer.sees()
+        Answer.conversation_id == new.conversation_id,
+        viewer.sees(),
+        _lies_within(viewer, Answer.conversation_id),
     )
     conversation = session.scalar(select(Conversation).where(Conversation.id.in_(seen)))
     if conversation is None:
@@ -383,9 +385,27 @@ def _sees(viewer: Viewer) -> ColumnElement[bool]:
         allowed = Answer.deployment.in_(viewer.deployments)
         condition = condition & or_(
             Judgement.answer_id.in_(select(Answer.id).where(allowed)),
-            Judgement.conversation_id.in_(select(Answer.conversation_id).where(allowed)),
+            Judgement.conversation_id.is_not(None)
+            & _lies_within(viewer, Judgement.conversation_id),
         )
     return condition
+
+
+def _lies_within(
+    viewer: Viewer, conversation_id: InstrumentedAttribute[str] | InstrumentedAttribute[str | None]
+) -> ColumnElement[bool]:
+    """Condition on the column: no answer of that conversation is outside the viewer's deployments.
+
+    A verdict on a conversation is about all of it.
+    """
+    if viewer.deployments is None:
+        return true()
+    answer = aliased(Answer)
+    outside = select(answer.id).where(
+        answer.conversation_id == conversation_id,
+        or_(answer.deployment.is_(None), answer.deployment.not_in(viewer.deployments)),
+    )
+    return ~outside.exists()
 
 
 def _same(one: Any, other: Any) -> bool:

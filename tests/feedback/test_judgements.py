@@ -21,7 +21,7 @@ from feedback.judgements import (
 )
 from feedback.people import Viewer
 from feedback.tables import Answer, Conversation, Judgement, JudgementRevision
-from tests.feedback.record import ask, make_viewer
+from tests.feedback.record import ask, make_viewer, turns
 
 on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
@@ -242,6 +242,42 @@ def test_each_kind_of_viewer_judges_and_sees_its_own_only(database: Database) ->
             for call in (get_judgement, withdraw, list_judgement_revisions):
                 with pytest.raises(NotFound):
                     call(session, stranger, mine)
+
+
+@pytest.mark.parametrize("elsewhere", ["poet", None])
+def test_a_conversation_that_spans_deployments_is_judged_by_a_key_of_them_all(
+    database: Database, elsewhere: str | None
+) -> None:
+    with database.write() as session:
+        ana = make_viewer(session, "ana")
+        limited = make_viewer(session, "ana", deployments=("assistant",))
+        both = make_viewer(session, "ana", deployments=("assistant", "poet"))
+        root = make_viewer(session, "root", sees_all=True, deployments=("assistant",))
+        answer = ask(session, ana, reply="Water.")
+        conversation_id = session.get_one(Answer, answer).conversation_id
+        about = NewJudgement("rating", True, conversation_id=conversation_id)
+        judgement, created = judge(session, limited, about)
+        assert created
+
+        # The next turn is answered elsewhere: `None` is the base model, which is no deployment.
+        next_turn = turns("What is rain?", "Water.")
+        other = ask(session, ana, "More.", history=next_turn, deployment=elsewhere)
+        assert session.get_one(Answer, other).conversation_id == conversation_id
+        for viewer in (limited, root, *([] if elsewhere else [both])):
+            for call in (get_judgement, withdraw, list_judgement_revisions):
+                with pytest.raises(NotFound, match="no judgement"):
+                    call(session, viewer, judgement.id)
+            with pytest.raises(NotFound, match="no conversation"):
+                judge(
+                    session, viewer, NewJudgement("rating", False, conversation_id=conversation_id)
+                )
+            assert list_judgements(session, viewer) == ([], False)
+            assert list_judgements(session, viewer, conversation_id=conversation_id)[0] == []
+        moved = session.get_one(Conversation, conversation_id).revision
+        assert moved == 1
+        for viewer in (ana, *([both] if elsewhere else [])):
+            assert get_judgement(session, viewer, judgement.id).value is True
+            assert not judge(session, viewer, about)[1]
 
 
 def test_pages_run_from_the_newest_to_the_first(sqlite_database: Database) -> None:
