@@ -265,7 +265,7 @@ def _read_reply(reply: httpx.Response) -> dict[str, Any]:
             parsed: dict[str, Any] = reply.json()
             return parsed
         except ValueError:
-            raise GatewayError(reply.status_code, None, f"no JSON: {reply.text[:200]}") from None
+            raise GatewayError(reply.status_code, None, _describe_other(reply)) from None
     code, message = _error_of(reply)
     raise GatewayError(reply.status_code, code, message)
 
@@ -275,7 +275,13 @@ def _error_of(reply: httpx.Response) -> tuple[str | None, str]:
         error = reply.json()["error"]
         return error.get("code"), str(error["message"])
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return None, reply.text[:200]
+        return None, _describe_other(reply)
+
+
+def _describe_other(reply: httpx.Response) -> str:
+    """Size and type of a reply that is no gateway's: its text may be an answer's."""
+    kind = reply.headers.get("content-type", "no type")
+    return f"no JSON of a gateway: {len(reply.content)} bytes of {kind[:100]}"
 
 
 def _retry_after(reply: httpx.Response, otherwise: float) -> float:

@@ -53,6 +53,7 @@ from tuner.candidates import (
     verify_files,
 )
 from tuner.client import GatewayClient, GatewayError, GatewayUnreachable, SlotLost
+from tuner.crashes import describe_crash, trace_of
 from tuner.evaluations import find_holdout_files, load_subject, record_verdict
 from tuner.holdout import Holdout
 from tuner.jobs import JobFailed, LeaseLost, NewEvent, Request, StalledJobs
@@ -291,8 +292,11 @@ class Worker:
                 error = reason
         code, message = _reason(error)
         if code == "internal_error":
+            # A trace with the error's words could repeat what people wrote.
             logger.error(
-                "Job crashed", exc_info=error, extra={"action": "job_crashed", "job": job.id}
+                "Job crashed: %s",
+                error if isinstance(error, SQLAlchemyError) else describe_crash(error),
+                extra={"action": "job_crashed", "job": job.id, "trace": trace_of(error)},
             )
         action = "lease_lost"
         if not isinstance(error, LeaseLost):
@@ -578,7 +582,7 @@ def _reason(error: Exception) -> tuple[str, str]:
         case OSError():
             return "storage_failed", str(error)
         case _:
-            return "internal_error", f"{type(error).__name__}: {error}; see the worker's log."
+            return "internal_error", f"{describe_crash(error)}; see the worker's log."
 
 
 def _record_candidate(

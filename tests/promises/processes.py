@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from server.engines.process import free_port
+from server.settings import Settings
 from tuner.base_models import BaseModel, describe_base
 
 START_SECONDS = 60.0
@@ -82,6 +83,30 @@ def gateway_process(
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def worker_process(settings: Settings, url: str, log: Path, **variables: str) -> Iterator[None]:
+    """`burnish worker` beside a gateway at `url`, ended at the end."""
+    environment = {
+        **os.environ,
+        "BURNISH_DATA": str(settings.data),
+        "BURNISH_MODEL__PATH": settings.model.path,
+        "BURNISH_WORKER__GATEWAY_URL": url,
+        "BURNISH_WORKER__POLL_SECONDS": "0.1",
+        "BURNISH_WORKER__TRAINING_THREADS": "1",
+        **variables,
+    }
+    command = [sys.executable, "-P", "-m", "server.cli", "worker"]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, env=environment, stderr=output, stdout=output, start_new_session=True
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 class GatewayProcess:

@@ -8,7 +8,6 @@ import ast
 import hmac
 import inspect
 import json
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -25,12 +24,12 @@ from feedback.db import Base, Database
 from feedback.errors import NotAuthenticated
 from server import auth, feedback_tokens
 from server.auth import Keyring, KeyView, Scope, create_key, hash_key, load_keyring
-from server.settings import DatabaseSettings, ModelSettings, Settings
 from server.signing import secret_path
-from server.upgrade import read_internal_key, upgrade
+from server.upgrade import read_internal_key
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.canaries import Canaries, client, service, variables, wait_for
+from tests.promises.processes import gateway_process
 from tests.promises.scale import scaled
 from tests.rows import add_answer
 
@@ -213,16 +212,6 @@ def test_neither_keys_nor_texts_get_into_logs(
             assert not [c for c in canaries.by_place.values() if c.encode() in content], file
     assert not [name for name, key in keys.items() if key.removeprefix(auth.KEY_PREFIX) in shown]
     figures(texts=len(canaries.by_place), lines=len(written.splitlines()), leaks=0)
-
-
-class Canaries:
-    """Texts that stand nowhere else, by the place that they are put in."""
-
-    def __init__(self) -> None:
-        self.by_place: dict[str, str] = {}
-
-    def __call__(self, place: str) -> str:
-        return self.by_place.setdefault(place, f"canary{secrets.token_hex(12)}")
 
 
 class Calls:
@@ -471,40 +460,6 @@ def altered(database: Database, begin: list[str], end: list[str]) -> Iterator[No
 
 
 # Both
-
-
-@contextmanager
-def service(database: Database, folder: Path) -> Iterator[tuple[Settings, str]]:
-    """A data directory with its first keys, and an engine; the settings and its address."""
-    base = build_model(folder / "tiny")
-    settings = Settings(
-        data=folder / "data",
-        model=ModelSettings(path=str(base.path)),
-        database=DatabaseSettings(url=database.url.render_as_string(hide_password=False)),
-    )
-    settings.data.mkdir(exist_ok=True)
-    if not database.is_sqlite:
-        # Its tables are there already; the migrations make theirs in an empty one.
-        Base.metadata.drop_all(database.engine)
-    upgrade(settings, database, base, url="http://127.0.0.1")
-    with engine_process() as engine:
-        yield settings, engine
-
-
-def variables(database: Database) -> dict[str, str]:
-    return {"BURNISH_DATABASE__URL": database.url.render_as_string(hide_password=False)}
-
-
-def client(url: str, key: str) -> httpx.Client:
-    headers = {"authorization": f"Bearer {key}"}
-    return httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False)
-
-
-def wait_for(caller: httpx.Client, status: int, path: str = "/v1/models") -> None:
-    deadline = time.monotonic() + 30
-    while caller.get(path).status_code != status:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)  # another process has no event to wait for
 
 
 def dump(database: Database) -> str:

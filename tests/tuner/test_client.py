@@ -155,9 +155,9 @@ def test_a_stopped_worker_does_not_try_again() -> None:
             "not_found",
             "answered 404: no release",
         ),
-        (httpx.Response(502, text="<html>"), None, "answered 502: <html>"),
+        (httpx.Response(502, html="<html>"), None, "answered 502: .*6 bytes of text/html"),
         (httpx.Response(400, json={"detail": []}), None, "answered 400"),
-        (httpx.Response(200, text="<html>"), None, "no JSON: <html>"),
+        (httpx.Response(200, text='{"choices": ['), None, "13 bytes of text/plain"),
     ],
 )
 def test_a_refusal_is_not_tried_again(reply: httpx.Response, code: str | None, said: str) -> None:

@@ -800,17 +800,23 @@ def test_an_evaluation_without_its_holdouts_file_says_so(home: Home) -> None:
 
 
 def test_an_unexpected_error_fails_the_job_and_not_the_worker(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, job = home.evaluate()
 
     def broken(*_: Any, **__: Any) -> Any:
-        raise ZeroDivisionError("of the unexpected sort")
+        raise KeyError("what somebody wrote")
 
     monkeypatch.setattr("tuner.worker.run_evaluation", broken)
     assert home.worker().run_one()
     assert home.job(job).error_code == "internal_error"
-    assert "ZeroDivisionError" in str(home.job(job).error_message)
+    message = str(home.job(job).error_message)
+    assert message.startswith("KeyError at test_worker.py:")
+    # Neither the job nor the log repeats an error's own words; the log has the way to it.
+    log = "".join(str(vars(record)) for record in caplog.records)
+    assert "in run_one" not in message
+    assert "in broken" in log
+    assert "what somebody wrote" not in message + log
 
 
 def test_another_workers_stalled_job_is_taken_over(home: Home) -> None:

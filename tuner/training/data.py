@@ -29,6 +29,7 @@ from tuner.chat_template import (
     without_end,
 )
 from tuner.control_tokens import ControlTokens
+from tuner.crashes import describe_crash
 
 Message = Mapping[str, Any]
 Kind = Literal["supervised", "preference", "labelled"]
@@ -116,6 +117,9 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
                     rows.extend(_parse(json.loads(line)))
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{name}, line {number}: {error}") from None
+                except (LookupError, TypeError, AttributeError) as error:
+                    why = describe_crash(error)
+                    raise DataError(f"{name}, line {number}: no row ({why})") from None
     return rows
 
 
@@ -156,7 +160,7 @@ def _parse(row: Any) -> Iterator[Row]:
             "labelled": ("completion",),
         }
         if kind not in keys:
-            raise ValueError(f"kind is {kind!r}; expected one of {sorted(keys)}")
+            raise ValueError(f"kind is {_describe(kind)}; expected one of {sorted(keys)}")
         answers = tuple(_answer(row, key) for key in keys[kind])
         yield Row(row_id, kind, _messages(row, "prompt"), answers, **common)
 
@@ -185,13 +189,15 @@ def _kind(row: Mapping[str, Any]) -> Kind | None:
 def _messages(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
     messages = row.get(key)
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{key!r} is {messages!r:.80}; expected a list of messages")
+        raise ValueError(f"{key!r} is {_describe(messages)}; expected a list of messages")
     return tuple(_message(message, key) for message in messages)
 
 
 def _message(message: Any, key: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{key!r} holds {message!r:.80}; expected a message with role and content")
+        raise ValueError(
+            f"{key!r} holds {_describe(message)}; expected a message with role and content"
+        )
     content = message.get("content")
     parts = content if isinstance(content, list) else []
     if not isinstance(content, str | list | None) or not all(
@@ -200,9 +206,10 @@ def _message(message: Any, key: str) -> Message:
     ):
         raise ValueError(f"{key!r} holds content other than text")
     if content is None and message["role"] != "assistant":
-        raise ValueError(f"{key!r} holds a {message['role']} message without text")
-    if not isinstance(message.get("cut_off"), bool | None):
-        raise ValueError(f"'cut_off' is {message['cut_off']!r:.80}; expected true, false or null")
+        raise ValueError(f"{key!r} holds a message without text that is not the assistant's")
+    cut_off = message.get("cut_off")
+    if not isinstance(cut_off, bool | None):
+        raise ValueError(f"'cut_off' is {_describe(cut_off)}; expected true, false or null")
     calls = message.get("tool_calls")
     if not isinstance(calls, list | None) or not all(map(_is_call, calls or ())):
         raise ValueError(f"{key!r} holds tool calls that name no function")
@@ -217,8 +224,10 @@ def _is_call(call: Any) -> bool:
 def _answer(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
     messages = _messages(row, key)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
+        others = sum(message["role"] != "assistant" for message in messages)
         raise ValueError(
-            f"{key!r} must be one assistant message, found {[m['role'] for m in messages]}"
+            f"{key!r} must be one assistant message, found {len(messages)} messages, {others} of "
+            "them not the assistant's"
         )
     return messages
 
@@ -226,21 +235,21 @@ def _answer(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
 def _weight(row: Mapping[str, Any]) -> float:
     weight = row.get("weight", 1.0)
     if type(weight) not in (int, float) or not 0 < weight < float("inf"):
-        raise ValueError(f"'weight' is {weight!r}; expected a positive number")
+        raise ValueError(f"'weight' is {_describe(weight)}; expected a positive number")
     return float(weight)
 
 
 def _prompt_tokens(row: Mapping[str, Any]) -> int | None:
     tokens = row.get("prompt_tokens")
     if tokens is not None and type(tokens) is not int:
-        raise ValueError(f"'prompt_tokens' is {tokens!r}; expected a whole number or null")
+        raise ValueError(f"'prompt_tokens' is {_describe(tokens)}; expected a whole number or null")
     return tokens
 
 
 def _variables(row: Mapping[str, Any]) -> Mapping[str, Any]:
     variables = row.get("template_kwargs")
     if not isinstance(variables, dict | None):
-        raise ValueError(f"'template_kwargs' is {variables!r:.80}; expected an object")
+        raise ValueError(f"'template_kwargs' is {_describe(variables)}; expected an object")
     return variables or {}
 
 
@@ -248,10 +257,24 @@ def _served_at(row: Mapping[str, Any]) -> datetime | None:
     served_at = row.get("served_at")
     if served_at is None:
         return None
-    if not isinstance(served_at, str):
-        raise ValueError(f"'served_at' is {served_at!r:.80}; expected a time")
-    # As a template writes it: by the clock of this machine, which is the engine's.
-    return datetime.fromisoformat(served_at).astimezone()
+    try:
+        # As a template writes it: by the clock of this machine, which is the engine's.
+        return datetime.fromisoformat(served_at).astimezone()
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"'served_at' is {_describe(served_at)}; expected a time") from None
+
+
+def _describe(value: Any) -> str:
+    """What a value is, for an error that gets into logs: a text is not repeated, a number is."""
+    match value:
+        case None | bool() | int() | float():
+            return f"{value!r:.40}"
+        case str():
+            return "another text"
+        case list():
+            return f"a list of {len(value)}"
+        case _:
+            return "an object"
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -340,6 +363,9 @@ class Renderer:
             return "template_refused"
         except AnswerRewritten:
             return "answer_rewritten"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # From here on there are token ids alone: no later error can repeat a text.
+            raise DataError(f"a row can't be rendered ({describe_crash(error)})") from None
 
     def _render_turns(self, row: Row) -> Example | str:
         if row.prompt_tokens is not None:

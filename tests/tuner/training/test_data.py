@@ -241,6 +241,46 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
         read_rows([tmp_path / "rows.jsonl"])
 
 
+SECRET = "what somebody wrote"
+GOOD = {"prompt": [USER], "completion": [assistant("Yes")]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        SECRET,
+        {**GOOD, "kind": SECRET},
+        {**GOOD, "prompt": SECRET},
+        {**GOOD, "prompt": [SECRET]},
+        {**GOOD, "prompt": [{"role": SECRET, "content": None}]},
+        {**GOOD, "prompt": [{"role": "user", "content": {SECRET: SECRET}}]},
+        {**GOOD, "prompt": [{"role": "user", "content": [{"type": SECRET}]}]},
+        {**GOOD, "completion": [{"role": SECRET, "content": SECRET}]},
+        {**GOOD, "completion": [assistant(None, tool_calls=[{"function": SECRET}])]},
+        {**GOOD, "completion": [assistant("Yes", cut_off=SECRET)]},
+        {**GOOD, "weight": SECRET},
+        {**GOOD, "prompt_tokens": SECRET},
+        {**GOOD, "template_kwargs": SECRET},
+        {**GOOD, "served_at": SECRET},
+        {"input": SECRET, "preferred_output": SECRET, "non_preferred_output": SECRET},
+    ],
+)
+def test_an_error_repeats_nothing_that_the_row_says(tmp_path: Path, row: Any) -> None:
+    with pytest.raises(DataError, match="line 1") as error:
+        read(tmp_path, row)
+    assert SECRET not in str(error.value)
+
+
+def test_a_row_that_no_tokenizer_takes_is_bad_data_and_is_not_repeated(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    text = f"{SECRET} \ud800"  # half a character, which JSON can write
+    rows = read(tmp_path, {**GOOD, "completion": [assistant(text)]})
+    with pytest.raises(DataError, match="can't be rendered") as error:
+        render_with(tokenizer).render(rows, frozenset({"supervised"}))
+    assert SECRET not in str(error.value)
+
+
 def test_spacing_and_case_make_no_other_group() -> None:
     assert group_of([USER]) == group_of([{"role": "user", "content": "  hI "}])
     assert group_of([USER]) != group_of([{"role": "user", "content": "Ho"}])
