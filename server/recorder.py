@@ -59,6 +59,10 @@ class NotSent(NotRecorded):
     """The writer was never told of it."""
 
 
+class RefersToNothing(NotRecorded):
+    """What the row refers to is gone, as a person that was erased."""
+
+
 class Recorder:
     """One writer for the hot path. One event loop owns it.
 
@@ -155,13 +159,17 @@ class Recorder:
         deadline = loop.time() + timeout_seconds
         if self._link is None:
             await self._wait_for_writer(row, deadline)
-        self._send(row, done)
+        number = self._send(row, done)
         timer = loop.call_at(deadline, _expire, done)
         try:
             await done
         except NotRecorded:
             raise  # the writer has seen to it
         except BaseException as error:
+            if isinstance(row, StartedAnswer) and self._withdraw(number):
+                if isinstance(error, TimeoutError):
+                    raise NotSent(f"the writer is {timeout_seconds:g} s behind") from None
+                raise
             # It goes on waiting in `_waiting`: should the writer die, the next one gets it.
             if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
                 self.take_back(row)
@@ -192,7 +200,7 @@ class Recorder:
                 raise NotSent("the writer is not there; it is being started") from None
             raise
 
-    def _send(self, row: StartedAnswer | EndedAnswer, done: asyncio.Future[None] | None) -> None:
+    def _send(self, row: StartedAnswer | EndedAnswer, done: asyncio.Future[None] | None) -> int:
         assert self._link is not None
         if isinstance(row, StartedAnswer) and self._link.unsent_bytes > MOST_UNSENT_BYTES:
             raise NotSent("the writer is too far behind")
@@ -201,14 +209,27 @@ class Recorder:
             kind, body = STARTED, started_json.dump_json(row, warnings=False)
         else:
             kind, body = ENDED, ended_json.dump_json(row, warnings=False)
-        self._send_frame(kind, body, _Sent(row, done))
+        return self._send_frame(kind, body, _Sent(row, done))
 
-    def _send_frame(self, kind: int, body: bytes, sent: _Sent) -> None:
+    def _send_frame(self, kind: int, body: bytes, sent: _Sent) -> int:
+        """Queue a frame for the writer; the number that reports name it by."""
         assert self._link is not None
         self._number += 1
         self._unsettled += 1
         self._waiting[self._number] = sent
         self._link.send(kind, self._number, body)
+        return self._number
+
+    def _withdraw(self, number: int) -> bool:
+        """Take a row that nobody waits for out of the queue; False where the writer may have it.
+
+        After an outage the writer then begins with what is still of use.
+        """
+        if self._link is None or not self._link.withdraw(number):
+            return False
+        self._unsettled -= 1
+        del self._waiting[number]
+        return True
 
     def _owe(self, end: _Sent) -> None:
         if len(self._owed) < MOST_KEPT:
@@ -281,10 +302,10 @@ class Recorder:
         for number in report.numbers:
             sent = self._waiting.pop(number, None)
             if sent is not None:
-                sent.settle(report.error)
+                sent.settle(report)
         for number in report.kept_numbers:
             if number in self._waiting:
-                self._waiting[number].settle(report.error)
+                self._waiting[number].settle(report)
 
     def _writer_ended(self, link: _Link) -> None:
         """It died: ends that it may not have written are written by the next one. Nobody knows
@@ -343,15 +364,15 @@ class _Sent:
     def is_awaited(self) -> bool:
         return self.done is not None and not self.done.done()
 
-    def settle(self, error: str | None) -> None:
-        if error is not None:
-            self.fail(error)
+    def settle(self, report: Report) -> None:
+        if report.error is not None:
+            self.fail(report.error, RefersToNothing if report.refers_to_nothing else NotRecorded)
         elif self.done is not None and not self.done.done():
             self.done.set_result(None)
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, kind: type[NotRecorded] = NotRecorded) -> None:
         if self.done is not None and not self.done.done():
-            self.done.set_exception(NotRecorded(why))
+            self.done.set_exception(kind(why))
 
 
 class _Link(asyncio.Protocol):
@@ -361,7 +382,7 @@ class _Link(asyncio.Protocol):
         self._recorder = recorder
         self._loop = asyncio.get_running_loop()
         self._received = b""
-        self._unsent: list[bytes] = []
+        self._unsent: dict[int, bytes] = {}  #: frames by their number, in order
         self._queued_bytes = 0  #: of `_unsent`
         self._sent = self._settled = 0  # rows
         self._under_way: deque[int] = deque()  # how many rows were sent by the end of each portion
@@ -377,9 +398,18 @@ class _Link(asyncio.Protocol):
         """
         if not self._unsent:
             self._loop.call_soon(self._flush)
-        self._unsent += (FRAME.pack(kind, number, len(body)), body)
+        self._unsent[number] = FRAME.pack(kind, number, len(body)) + body
         self._queued_bytes += FRAME.size + len(body)
         self._sent += kind != SETUP
+
+    def withdraw(self, number: int) -> bool:
+        """Take a row's frame out of the queue; False where it was written or never queued."""
+        frame = self._unsent.pop(number, None)
+        if frame is None:
+            return False
+        self._queued_bytes -= len(frame)
+        self._sent -= 1
+        return True
 
     def _flush(self) -> None:
         if self._unsent and len(self._under_way) < MOST_UNDER_WAY:
@@ -388,7 +418,7 @@ class _Link(asyncio.Protocol):
     def _write(self) -> None:
         assert self._transport is not None
         self._under_way.append(self._sent)
-        self._transport.write(b"".join(self._unsent))
+        self._transport.write(b"".join(self._unsent.values()))
         self._unsent.clear()
         self._queued_bytes = 0
 

@@ -96,6 +96,7 @@ class Report:
     committed: int  #: rows since the start
     lost: int  #: rows that went to the dead-letter file since the start
     kept: int  #: rows that wait for a database that is away
+    refers_to_nothing: bool = False  #: refused because what a row refers to is gone
 
 
 setup_json = TypeAdapter(Setup)
@@ -239,7 +240,7 @@ class Writer:
             self._away = away
             self._forget(group)
             kept = [entry for entry in group if self._was_kept(entry, away=away)]
-            self._report(group, str(error), kept)
+            self._report(group, str(error), kept, refers_to_nothing=_refers_to_nothing(error))
         else:
             self._away = False
             self.committed += sum(not isinstance(entry.row, TakenBack) for entry in group)
@@ -331,7 +332,12 @@ class Writer:
             logger.exception("Dead letter not written", extra={"action": "dead_letter_failed"})
 
     def _report(
-        self, group: Sequence[_Entry], error: str | None, kept: Sequence[_Entry] = ()
+        self,
+        group: Sequence[_Entry],
+        error: str | None,
+        kept: Sequence[_Entry] = (),
+        *,
+        refers_to_nothing: bool = False,
     ) -> None:
         kept_numbers = [entry.number for entry in kept if entry.number]
         self._tell(
@@ -339,6 +345,7 @@ class Writer:
             error,
             kept_numbers=kept_numbers,
             settled=sum(not entry.was_kept for entry in group),
+            refers_to_nothing=refers_to_nothing,
         )
 
     def _tell(
@@ -348,6 +355,7 @@ class Writer:
         *,
         kept_numbers: Sequence[int] = (),
         settled: int = 0,
+        refers_to_nothing: bool = False,
     ) -> None:
         report = Report(
             numbers=numbers,
@@ -357,6 +365,7 @@ class Writer:
             committed=self.committed,
             lost=self.lost,
             kept=len(self._kept),
+            refers_to_nothing=refers_to_nothing,
         )
         with contextlib.suppress(OSError):  # it has gone, and nobody waits any more
             self._gateway.sendall(report_json.dump_json(report) + b"\n")
@@ -380,6 +389,11 @@ def _database_is_away(database: Database, error: Exception) -> bool:
         | driver.InterfaceError
         | driver.InternalError,  # PostgreSQL's word for one that has become a standby
     )
+
+
+def _refers_to_nothing(error: Exception) -> bool:
+    """Whether a foreign key was refused: a person of the row has been erased, for one."""
+    return getattr(error, "sqlstate", None) == "23503" or "FOREIGN KEY" in str(error)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from server.engines.fleet import Hold
 from server.gateway import Gateway
 from server.limits import Admission
 from server.proxy import Exchange, Relay, Reply, stopping
-from server.recorder import NotRecorded, NotSent
+from server.recorder import NotRecorded, NotSent, RefersToNothing
 from server.request_ids import identify
 from server.routing import ReleaseView, Route, check_model, route, unknown_model
 from server.snapshot import load_release
@@ -242,7 +242,8 @@ async def _start(gateway: Gateway, caller: Caller, exchange: Exchange, trace: Tr
         if isinstance(error, asyncio.CancelledError):
             raise
         gateway.figures.not_recorded.add()
-        gateway.forget_person(caller.key.user)  # an erasure elsewhere may have taken their row
+        if isinstance(error, RefersToNothing):
+            gateway.forget_person(caller.key.user)  # an erasure elsewhere has taken their row
         raise NotReady(
             "the request could not be recorded; try again", code="not_recorded"
         ) from None

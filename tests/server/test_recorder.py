@@ -22,7 +22,7 @@ from feedback.db import Database, new_id
 from feedback.people import find_or_create_person
 from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import Answer, AnswerStatus
-from server.recorder import NotRecorded, Recorder
+from server.recorder import MOST_UNDER_WAY, NotRecorded, NotSent, Recorder, RefersToNothing
 from server.writer import Writer, writer_lock
 
 pytestmark = pytest.mark.anyio
@@ -141,6 +141,24 @@ async def test_a_row_that_cannot_be_written_takes_no_neighbour_along(
     ]
     assert len(statuses(database)) == 4
     assert recorder.lost == 0  # nothing was answered yet
+
+
+async def test_who_waits_is_told_whether_a_person_is_gone_or_the_database_is_away(
+    database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [started(person), started("person_erased"), started(person)]
+    found = await asyncio.gather(
+        *(recorder.record(row, SECONDS) for row in rows), return_exceptions=True
+    )
+    assert list(map(type, found)) == [type(None), RefersToNothing, type(None)]
+
+    def away(_group: object) -> None:
+        raise OperationalError("COMMIT", {}, Exception("the server is away"))
+
+    monkeypatch.setattr(writer_of(recorder), "_write", away)
+    with pytest.raises(NotRecorded) as error:
+        await recorder.record(started(person), SECONDS)
+    assert type(error.value) is NotRecorded
 
 
 async def test_the_end_of_an_answer_that_is_refused_becomes_a_dead_letter(
@@ -378,6 +396,37 @@ async def test_a_writer_that_is_far_behind_gets_no_new_answers(
         results = await asyncio.gather(*waits, return_exceptions=True)
         assert "the writer is too far behind" in {str(result) for result in results}
         os.kill(recorder.process.pid, signal.SIGCONT)
+
+
+@ON_SQLITE
+async def test_a_start_that_nobody_waits_for_any_more_is_not_sent_to_a_writer_that_is_behind(
+    database: Database, person: str, tmp_path: Path
+) -> None:
+    async with with_process(database, tmp_path) as recorder:
+        assert recorder.process is not None
+        assert recorder._link is not None
+        link, rows = recorder._link, [started(person) for _ in range(MOST_UNDER_WAY + 3)]
+        os.kill(recorder.process.pid, signal.SIGSTOP)
+        waits = []
+        for row in rows[:MOST_UNDER_WAY]:  # a portion each, which the writer has
+            waits.append(asyncio.ensure_future(recorder.record(row, 0.3)))
+            await asyncio.sleep(0)
+            await until(lambda: not link._unsent)
+        waits += [
+            asyncio.ensure_future(recorder.record(row, 0.3)) for row in rows[MOST_UNDER_WAY:-1]
+        ]
+        left = asyncio.ensure_future(recorder.record(rows[-1], SECONDS))
+        await asyncio.sleep(0)
+        left.cancel()
+        results = await asyncio.gather(*waits, left, return_exceptions=True)
+        kinds = [NotRecorded] * MOST_UNDER_WAY + [NotSent, NotSent, asyncio.CancelledError]
+        assert [type(result) for result in results] == kinds
+        assert (link.unsent_bytes, recorder.depth) == (0, MOST_UNDER_WAY)
+        os.kill(recorder.process.pid, signal.SIGCONT)
+        last = started(person)
+        await recorder.record(last, SECONDS)
+        assert recorder.depth == 0
+        assert set(statuses(database)) == {row.id for row in [*rows[:MOST_UNDER_WAY], last]}
 
 
 async def test_a_writer_that_cannot_start_is_an_error_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
@@ -232,10 +233,10 @@ class _Transport:
         return 0
 
 
-class _Pieces(list[bytes]):
+class _Pieces(dict[int, bytes]):
     """Refuses to be gone through while it waits."""
 
-    def __iter__(self) -> Iterator[bytes]:
+    def values(self) -> Any:
         raise AssertionError("the queue was gone through")
 
 
@@ -244,7 +245,7 @@ async def test_how_far_the_writer_is_behind_is_known_without_a_look_at_the_queue
     link = _Link(Recorder.__new__(Recorder))
     link.connection_made(_Transport())  # type: ignore[arg-type]
     link._unsent = _Pieces()
-    for _ in range(3):
-        link.send(ENDED, 1, b"x" * 100)
+    for number in range(1, 4):
+        link.send(ENDED, number, b"x" * 100)
     assert link.unsent_bytes == 3 * (FRAME.size + 100)
-    link._unsent = []
+    link._unsent = {}
