@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -382,7 +383,7 @@ class _Link(asyncio.Protocol):
         self._recorder = recorder
         self._loop = asyncio.get_running_loop()
         self._received = b""
-        self._unsent: dict[int, bytes] = {}  #: frames by their number, in order
+        self._unsent: dict[int, tuple[bytes, bytes]] = {}  #: head and body by number, in order
         self._queued_bytes = 0  #: of `_unsent`
         self._sent = self._settled = 0  # rows
         self._under_way: deque[int] = deque()  # how many rows were sent by the end of each portion
@@ -398,7 +399,7 @@ class _Link(asyncio.Protocol):
         """
         if not self._unsent:
             self._loop.call_soon(self._flush)
-        self._unsent[number] = FRAME.pack(kind, number, len(body)) + body
+        self._unsent[number] = FRAME.pack(kind, number, len(body)), body
         self._queued_bytes += FRAME.size + len(body)
         self._sent += kind != SETUP
 
@@ -407,7 +408,7 @@ class _Link(asyncio.Protocol):
         frame = self._unsent.pop(number, None)
         if frame is None:
             return False
-        self._queued_bytes -= len(frame)
+        self._queued_bytes -= FRAME.size + len(frame[1])
         self._sent -= 1
         return True
 
@@ -418,7 +419,7 @@ class _Link(asyncio.Protocol):
     def _write(self) -> None:
         assert self._transport is not None
         self._under_way.append(self._sent)
-        self._transport.write(b"".join(self._unsent.values()))
+        self._transport.write(b"".join(chain.from_iterable(self._unsent.values())))
         self._unsent.clear()
         self._queued_bytes = 0
 

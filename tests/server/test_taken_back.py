@@ -233,7 +233,7 @@ class _Transport:
         return 0
 
 
-class _Pieces(dict[int, bytes]):
+class _Pieces(dict[int, tuple[bytes, bytes]]):
     """Refuses to be gone through while it waits."""
 
     def values(self) -> Any:
