@@ -15,6 +15,7 @@ from feedback.tables import Answer
 from server.auth import ROUTES, Scope
 from tests.everything import BODIES, Route, add_everything, call, list_rows
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway
+from tests.promise_fixtures import Figures
 
 pytestmark = pytest.mark.promises
 
@@ -61,7 +62,7 @@ def test_the_tables_of_this_file_name_every_route() -> None:
 
 
 def test_somebody_elses_ids_are_unknown_and_nothing_happens(
-    running_gateway: RunningGateway, foreign: dict[str, str]
+    running_gateway: RunningGateway, foreign: dict[str, str], figures: Figures
 ) -> None:
     anna = running_gateway.client(running_gateway.key("anna"))
     shop = running_gateway.client(running_gateway.key("shop", "chat", "feedback", end_users=True))
@@ -85,10 +86,11 @@ def test_somebody_elses_ids_are_unknown_and_nothing_happens(
             reply = client.get(path, params={"after": foreign["judgement_id"]})
             assert reply.status_code == 404
     assert list_rows(running_gateway.database) == before
+    figures(callers=2, routes=len(PERSONAL) + len(bodies), found=0, changed=0)
 
 
 def test_deployments_outside_the_keys_list_are_unknown_and_nothing_happens(
-    running_gateway: RunningGateway, foreign: dict[str, str]
+    running_gateway: RunningGateway, foreign: dict[str, str], figures: Figures
 ) -> None:
     key = running_gateway.key("max", *EVERY_SCOPE, deployments=["assistant"])
     limited = running_gateway.client(key)
@@ -119,6 +121,7 @@ def test_deployments_outside_the_keys_list_are_unknown_and_nothing_happens(
             given = {"deployment" if name == "deployment" else "after": foreign[name]}
             assert limited.get(path, params=given).status_code == 404, (path, given)
     assert list_rows(running_gateway.database) == before
+    figures(routes=len({*by_path, *BODIES, *LISTS}), found=0, changed=0)
 
 
 def test_an_administrator_of_all_deployments_reaches_each_of_them(
@@ -133,7 +136,9 @@ def test_an_administrator_of_all_deployments_reaches_each_of_them(
             assert reply.status_code == 200, (template, reply.text)
 
 
-def test_somebody_elses_uploads_are_unknown_and_stay(running_gateway: RunningGateway) -> None:
+def test_somebody_elses_uploads_are_unknown_and_stay(
+    running_gateway: RunningGateway, figures: Figures
+) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     content = (json.dumps({"messages": turns}) + "\n").encode() * 12
     bea = running_gateway.client(running_gateway.key("bea", "tune"))
@@ -163,6 +168,7 @@ def test_somebody_elses_uploads_are_unknown_and_stay(running_gateway: RunningGat
         assert other.get("/v1/files", params={"after": file_id}).status_code == 404
     assert list_rows(running_gateway.database) == before
     assert bea.get(f"/v1/files/{file_id}/content").content == kept
+    figures(callers=len(others), routes=len(routes), found=0, changed=0)
 
 
 def test_a_conversation_that_two_people_name_alike_is_two(running_gateway: RunningGateway) -> None:

@@ -48,7 +48,9 @@ def test_every_scope_opens_its_routes_and_no_other(
     figures(routes=len(ROUTES), scopes=len(Scope), other_than_in_the_table=0)
 
 
-def test_what_a_scope_does_not_open_changes_nothing(sqlite_gateway: RunningGateway) -> None:
+def test_what_a_scope_does_not_open_changes_nothing(
+    sqlite_gateway: RunningGateway, figures: Figures
+) -> None:
     ids = add_everything(sqlite_gateway, "poet", "bea")
     clients = clients_by_scope(sqlite_gateway)
     before = list_rows(sqlite_gateway.database)
@@ -65,6 +67,7 @@ def test_what_a_scope_does_not_open_changes_nothing(sqlite_gateway: RunningGatew
                 refused += 1
     assert refused > len(ROUTES) * 4
     assert list_rows(sqlite_gateway.database) == before
+    figures(refused=refused, changed=0)
 
 
 def test_a_feedback_token_opens_its_two_routes_and_no_other(sqlite_gateway: RunningGateway) -> None:

@@ -77,11 +77,13 @@ def test_a_curator_changes_nothing_that_others_said(
     figures(requests=asked, changed=0)
 
 
-def test_what_a_curator_adds_stands_in_the_audit_log(sqlite_gateway: RunningGateway) -> None:
+def test_what_a_curator_adds_stands_in_the_audit_log(
+    sqlite_gateway: RunningGateway, figures: Figures
+) -> None:
     ids = add_everything(sqlite_gateway, "poet", "bea")
     before = list_rows(sqlite_gateway.database)
 
-    ask_everything(sqlite_gateway, ids, "curate")
+    asked = ask_everything(sqlite_gateway, ids, "curate")
 
     after = list_rows(sqlite_gateway.database)
     added = [row.split("'")[1] for row in set(after["datasets"]) - set(before["datasets"])]
@@ -91,3 +93,4 @@ def test_what_a_curator_adds_stands_in_the_audit_log(sqlite_gateway: RunningGate
     assert [(entry.action, entry.subject) for entry in entries] == [("dataset_requested", added[0])]
     changed = {table for table in after if set(before[table]) != set(after[table])}
     assert changed <= {"audit", "datasets", "jobs", "job_events", "keys", "people"}
+    figures(requests=asked, added=len(added), audited=len(entries))
