@@ -24,6 +24,7 @@ from feedback.recording import interrupt_started
 from server.auth import Caller, KeyView, check_scope, end_user_of
 from server.engines.base import EngineAddress
 from server.engines.fleet import Fleet, managed_address
+from server.engines.same_prompt import SamePrompt
 from server.engines.vllm import VllmEngine
 from server.intake import Intake
 from server.limits import LimitBook, Limits
@@ -38,7 +39,7 @@ from server.snapshot import Directory
 from server.tracing import Tracer, build_tracer
 from server.writer import writer_lock
 from tuner.adapters import AdapterRefused, AdapterStore
-from tuner.base_models import BaseModel
+from tuner.base_models import TRAINED_TOKENS, BaseModel
 from tuner.tables import Adapter
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,10 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
             "dtype": engine.dtype,
             "quantization": engine.args.get("quantization"),
         },
+        find_difference=SamePrompt(
+            base,
+            min_model_len=engine.max_model_len or min(TRAINED_TOKENS, base.max_position_embeddings),
+        ).find_difference,
     )
 
     @asynccontextmanager

@@ -23,7 +23,7 @@ from server.engines.base import EngineAddress
 from server.engines.fake import FakeEngine
 from server.engines.process import answers_ok, free_port
 from tests.tiny_adapters import TARGET_MODULES, build_tiny_adapter
-from tests.tiny_model import build_tiny_model
+from tests.tiny_model import DEFAULT_SYSTEM, build_tiny_model
 
 START_SECONDS = 180.0
 ADAPTERS = 4
@@ -72,7 +72,14 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def fake_engine() -> Iterator[FakeEngine]:
     """A fake engine with vLLM's smallest slots: one adapter runs at a time, two are in memory."""
-    with FakeEngine(model="tiny", api_key="secret", max_loras=1, max_cpu_loras=2) as engine:
+    with FakeEngine(
+        model="tiny",
+        api_key="secret",
+        max_loras=1,
+        max_cpu_loras=2,
+        max_model_len=512,
+        default_system=DEFAULT_SYSTEM,
+    ) as engine:
         yield engine
 
 

@@ -64,7 +64,7 @@ class Engine(Protocol):
 
     vLLM says it once it has answered something.
     """
-    max_model_len: int | None  #: longest sequence in tokens; None before anything was tokenized
+    max_model_len: int | None  #: longest sequence in tokens; None before the server said it
 
     async def find_fault(self) -> str | None:
         """Why the server does not answer its health check; None when it does. Never raises."""

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -179,6 +179,7 @@ class Fleet:
     raise OSError where there is none. `required()` are the releases in production, without which an
     engine gets no traffic; `wanted()` those of all roles. `traits` is what the engines' noise
     depends on: a person's acceptance of an unproven release holds where it names the same.
+    `find_difference(engine)` says why an engine that was just met may not answer at all.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class Fleet:
         required: Callable[[], Iterable[Weights]],
         wanted: Callable[[], Iterable[Weights]],
         traits: Mapping[str, Any] | None = None,
+        find_difference: Callable[[Engine], Awaitable[str | None]] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.base_name = base_name
@@ -205,6 +207,7 @@ class Fleet:
         self._path = path
         self._required = required
         self._wanted = wanted
+        self._find_difference = find_difference
         self._monotonic = monotonic
         self.traits = dict(traits or {})
         self._leases: dict[str, Lease] = {}
@@ -679,6 +682,7 @@ class Fleet:
             member.status = EngineStatus.LOADING
         async with member.lock:  # a load under way ends first, and is in the list then
             names = await self._list_adapters(member)
+            await self._check_prompts(member)
             member.status, member.reason = EngineStatus.LOADING, "restoring its adapters"
             member.boot_id, member.may_have_forgotten = boot_id, False
             member.parses_tools = None
@@ -690,6 +694,13 @@ class Fleet:
             "Engine met",
             extra={"action": "engine_met", "engine": member.id, "adapters": len(member.loaded)},
         )
+
+    async def _check_prompts(self, member: Member) -> None:
+        """Raises EngineError where the engine reads chats otherwise than the base's template."""
+        if self._find_difference is not None:
+            difference = await self._find_difference(member.engine)
+            if difference is not None:
+                raise EngineError(difference)
 
     async def _compare(self, member: Member) -> None:
         """Make the mirror's names those of the engine, whose process is the one that was met.

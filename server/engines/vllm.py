@@ -89,6 +89,9 @@ class VllmEngine:
         """Served names, base and adapters, each with the path it was loaded from."""
         models = await self._call_json("GET", "/v1/models")
         with _expected_shape("/v1/models"):
+            for model in models["data"]:
+                if model.get("max_model_len") is not None:  # of the base; adapters have none
+                    self.max_model_len = int(model["max_model_len"])
             return {model["id"]: model["root"] for model in models["data"]}
 
     async def load(self, name: str, path: str) -> None:

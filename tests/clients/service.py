@@ -28,6 +28,7 @@ from server.settings import Settings
 from server.upgrade import upgrade
 from tests.gateway_fixtures import BASE, RunningGateway, start_gateway
 from tests.promises.processes import engine_process, gateway_process
+from tests.tiny_model import DEFAULT_SYSTEM
 from tuner.base_models import describe_base
 
 Place = dict[str, str]
@@ -99,7 +100,7 @@ def start_service(
     log, settings, faulty = folder / "burnish.log", {}, {}
     with ExitStack() as stack:
         if engine is None:
-            url = stack.enter_context(engine_process())
+            url = stack.enter_context(engine_process("--default-system", DEFAULT_SYSTEM))
             faulty = stack.enter_context(_faulty_gateways(folder))
         else:
             url = engine.url

@@ -29,7 +29,7 @@ class Canaries:
 
 @contextmanager
 def service(
-    database: Database, folder: Path, base: BaseModel | None = None
+    database: Database, folder: Path, base: BaseModel | None = None, *engine_options: str
 ) -> Iterator[tuple[Settings, str]]:
     """A data directory with its first keys, and an engine; the settings and its address."""
     base = base or build_model(folder / "tiny")
@@ -43,7 +43,7 @@ def service(
         # Its tables are there already; the migrations make theirs in an empty one.
         Base.metadata.drop_all(database.engine)
     upgrade(settings, database, base, url="http://127.0.0.1")
-    with engine_process() as engine:
+    with engine_process(*engine_options) as engine:
         yield settings, engine
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from server.engines.process import free_port
 from server.settings import Settings
+from tests.gateway_fixtures import CHAT_TEMPLATE
 from tuner.base_models import BaseModel, describe_base
 
 START_SECONDS = 60.0
@@ -26,9 +27,9 @@ PASS_THROUGH = Path(__file__).resolve().parents[2] / "benchmarks/peers/passthrou
 
 
 @contextmanager
-def engine_process() -> Iterator[str]:
+def engine_process(*options: str) -> Iterator[str]:
     """A fake engine in a process; its address."""
-    with _serving("-m", "server.engines.fake") as url:
+    with _serving("-m", "server.engines.fake", *options) as url:
         yield url
 
 
@@ -136,7 +137,7 @@ def build_model(folder: Path) -> BaseModel:
         "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
     return describe_base(folder, folder.name)
 

@@ -34,7 +34,7 @@ from tests.promise_fixtures import Figures
 from tests.promises.canaries import Canaries, client, service
 from tests.promises.processes import gateway_process, worker_process
 from tests.promises.scale import is_full
-from tests.tiny_model import CHAT_TEMPLATE
+from tests.tiny_model import CHAT_TEMPLATE, DEFAULT_SYSTEM
 from tuner.base_models import describe_base
 from tuner.jobs import ENDED
 from tuner.tables import Evaluation, Job, JobEvent
@@ -65,7 +65,8 @@ def test_jobs_repeat_neither_keys_nor_what_people_wrote(
     (model / "chat_template.jinja").write_text(TEMPLATE)
     canaries, log = Canaries(), tmp_path / "worker.log"
     debug = {"BURNISH_LOG_LEVEL": "debug"}
-    with service(database, tmp_path, describe_base(model, "tiny")) as (settings, engine):
+    base, options = describe_base(model, "tiny"), ("--default-system", DEFAULT_SYSTEM)
+    with service(database, tmp_path, base, *options) as (settings, engine):
         gateway_log = tmp_path / "gateway.log"
         with gateway_process(settings.data, model, engine, gateway_log, **debug) as gateway:
             admin_key = json.loads((settings.data / "credentials").read_text())["api_key"]

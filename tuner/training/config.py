@@ -18,6 +18,8 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tuner.base_models import TRAINED_TOKENS
+
 PARENT_VARIABLE: Final = "BURNISH_TRAINER_PARENT"
 
 
@@ -91,7 +93,9 @@ class TrainingConfig(BaseModel):
     epochs: int = Field(default_factory=lambda data: _default(data, "epochs"), ge=1, le=100)
     batch_size: int = Field(default=8, ge=1, description="Examples per optimizer step.")
     batch_tokens: int = Field(default=512, ge=1, description="Tokens per forward pass, at most.")
-    max_length: int = Field(default=1024, ge=2, description="Longer examples are dropped.")
+    max_length: int = Field(
+        default=TRAINED_TOKENS, ge=2, description="Longer examples are dropped."
+    )
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)

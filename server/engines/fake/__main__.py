@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--max-cpu-loras", type=int)
     parser.add_argument("--max-model-len", type=int, default=131_072)
     parser.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS)
+    parser.add_argument("--default-system", help="what its chat template says as the system")
     FakeEngine(**vars(parser.parse_args())).run()
 
 

@@ -70,6 +70,7 @@ class FakeEngine:
         max_cpu_loras: int | None = None,
         max_model_len: int = 131_072,
         answer_tokens: int = ANSWER_TOKENS,
+        default_system: str | None = None,
         port: int = 0,
     ) -> None:
         self.model = model
@@ -77,6 +78,7 @@ class FakeEngine:
         self.api_key = api_key
         self.max_model_len = max_model_len
         self.answer_tokens = answer_tokens
+        self.default_system = default_system  #: of its chat template
         self.port = port
         self.faults = Faults()
         self.requests: deque[RecordedRequest] = deque(maxlen=RECORDED_REQUESTS)
@@ -242,6 +244,7 @@ class FakeEngine:
             model=faults.answers_as or (adapter.name if adapter else self.model),
             answer_tokens=self.answer_tokens,
             max_model_len=self.max_model_len,
+            default_system=self.default_system,
         )
         if faults.hangs_up:
             exchange.hang_up()
@@ -429,11 +432,18 @@ class FakeEngine:
         exchange.reply(200, wire.compact({"object": "list", "data": [base, *adapters]}))
 
     def _tokenize(self, exchange: Exchange) -> None:
+        if self.faults.lacks_tokenize:
+            _not_found(exchange)
+            return
         body, _ = self._body(exchange)
         self._find(body)
         if "messages" in body:
             generate = body.get("add_generation_prompt", True)
-            tokens = fake_tokens(body["messages"], add_generation_prompt=generate)
+            tokens = fake_tokens(
+                body["messages"],
+                add_generation_prompt=generate,
+                default_system=self.default_system,
+            )
         else:
             tokens = list(str(body.get("prompt")).encode())
         counts = {"count": len(tokens), "max_model_len": self.max_model_len}

@@ -23,6 +23,7 @@ class Faults:
     stalls_after_tokens: int | None = None  #: then nothing comes, and the connection stays open
     endless: bool = False  #: no answer ends by itself
     lacks_tool_parser: bool = False  #: it runs without one, and refuses requests with tools
+    lacks_tokenize: bool = False  #: `/tokenize` is not there, as behind a proxy
     answers_as: str | None = None  #: the model that answers claim to be from
     says: str | None = None  #: the body of a 200 in the place of every completion
 

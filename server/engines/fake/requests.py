@@ -96,6 +96,7 @@ def read_request(
     model: str,
     answer_tokens: int,
     max_model_len: int,
+    default_system: str | None = None,
 ) -> GenerationRequest:
     """Check a body as vLLM does. Raises `Refusal`."""
     prompts = [body.get("messages")] if chat else _prompts(body.get("prompt"))
@@ -107,7 +108,7 @@ def read_request(
             "Cannot apply chat template to an empty conversation. Provide at least one message."
         )
         raise Refusal(400, message, "BadRequestError")
-    token_ids = [_token_ids(prompt) for prompt in prompts]
+    token_ids = [_token_ids(prompt, default_system) for prompt in prompts]
     if not all(token_ids):
         raise Refusal(400, "The decoder prompt cannot be empty", "BadRequestError")
     longest = max(map(len, token_ids))
@@ -217,9 +218,9 @@ def _prompts(prompt: Any) -> list[Any]:
     return [prompt]
 
 
-def _token_ids(prompt: Any) -> list[int]:
+def _token_ids(prompt: Any, default_system: str | None) -> list[int]:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        return fake_tokens(prompt)
+        return fake_tokens(prompt, default_system=default_system)
     return prompt if isinstance(prompt, list) else list(str(prompt or "").encode())
 
 

@@ -85,9 +85,17 @@ def shifted(figures: Sequence[float], ids: Sequence[int], by: float) -> list[flo
 
 
 def fake_tokens(
-    messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    default_system: str | None = None,
 ) -> list[int]:
-    """Token ids of `messages`: the UTF-8 bytes of their ChatML rendering."""
+    """Token ids of `messages`: the UTF-8 bytes of their ChatML rendering.
+
+    `default_system` is what the template says as the system where the messages don't begin so.
+    """
+    if default_system is not None and not (messages and messages[0].get("role") == "system"):
+        messages = [{"role": "system", "content": default_system}, *messages]
     turns = [
         f"<|im_start|>{m.get('role')}\n{_text(m.get('content'))}<|im_end|>\n" for m in messages
     ]

@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
 from feedback.db import Database
-from server.engines.fake import FakeEngine
+from server.engines.fake import FakeEngine, Faults
 from tests.gateway_fixtures import BASE, RunningGateway, start_gateway
 
 
@@ -72,3 +74,34 @@ def test_neither_readiness_nor_errors_name_an_engine_s_address(
         assert str(place.hostname) not in reply.text
         assert str(place.port) not in reply.text
     assert "engine-0" in said[2].text
+
+
+def test_an_engine_that_reads_chats_otherwise_than_the_base_gets_none(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine
+) -> None:
+    client = sqlite_gateway.client()
+    body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
+    for name, other, reason in (
+        ("default_system", "Be kind.", "engine-0 is failed: it renders chats by another template"),
+        ("max_model_len", 1023, "it reads at most 1023 tokens, and 1024 are counted on"),
+    ):
+        before = getattr(gateway_engine, name)
+        for value, status in ((other, 503), (before, 200)):
+            setattr(gateway_engine, name, value)
+            gateway_engine.restart()
+            sqlite_gateway.reconcile()
+            reply = client.post("/v1/chat/completions", json=body)
+            assert reply.status_code == client.get("/readyz").status_code == status
+            assert (reason in reply.text) is (status == 503)
+
+
+def test_an_engine_that_cannot_tell_how_it_renders_is_let_through_with_a_warning(
+    sqlite_gateway: RunningGateway, gateway_engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway_engine.faults = Faults(lacks_tokenize=True)
+    gateway_engine.restart()
+    for _ in range(3):
+        sqlite_gateway.reconcile()
+    assert sqlite_gateway.client().get("/readyz").status_code == 200
+    said = [one for one in caplog.records if vars(one).get("action") == "template_not_checked"]
+    assert [one.levelname for one in said] == ["WARNING"]

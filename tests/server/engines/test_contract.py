@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from tokenizers import pre_tokenizers
 
 from server.engines.base import EngineAddress, EngineRefused
 from server.engines.fake import FakeEngine, Faults
+from server.engines.same_prompt import SamePrompt
 from server.engines.vllm import VllmEngine
-from tests.tiny_model import SPECIAL_TOKENS
+from tests.gateway_fixtures import BASE
+from tests.tiny_model import CHAT_TEMPLATE, DEFAULT_SYSTEM, SPECIAL_TOKENS
+from tuner.chat_template import ChatTemplate
 
 pytestmark = pytest.mark.anyio
 
@@ -391,6 +395,25 @@ async def test_a_rendered_text_is_read_as_the_prompt_was(engine: VllmEngine) -> 
     prompt = await engine.tokenize("tiny", [{"role": "system", "content": "Hi"}])
     text = "<|im_start|>system\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert await engine.tokenize_text("tiny", text) == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "min_model_len", "reason"),
+    [
+        (CHAT_TEMPLATE, 512, None),
+        (CHAT_TEMPLATE.replace(DEFAULT_SYSTEM, "Be kind."), 512, "another template than 'tiny'"),
+        (CHAT_TEMPLATE.replace("assistant\n", "assistant"), 512, "another template than 'tiny'"),
+        (CHAT_TEMPLATE, 513, "at most 512 tokens, and 513 are counted on"),
+        ("{{ raise_exception('no') }}", 512, None),  # it takes no conversation at all
+    ],
+)
+async def test_an_engine_shows_by_which_template_and_how_much_it_reads(
+    engine: VllmEngine, template: str, min_model_len: int, reason: str | None
+) -> None:
+    await engine.list_models()
+    base = replace(BASE, chat_template=ChatTemplate(template))
+    found = await SamePrompt(base, min_model_len).find_difference(engine)
+    assert found is reason or reason in str(found)
 
 
 async def test_figures_tell_weights_apart_and_a_new_name_keeps_them(
