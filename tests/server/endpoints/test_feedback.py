@@ -180,7 +180,12 @@ TEACHINGS: list[tuple[dict[str, Any], str, Any, str]] = [
         "Water.",
         "supervised; no preference: the answer was interrupted",
     ),
-    ({"finish_reason": "length"}, "rating", True, "nothing: the length limit cut the answer off"),
+    (
+        {"finish_reason": "length"},
+        "rating",
+        True,
+        "nothing: the answer was cut off, and did not end by itself",
+    ),
 ]
 
 
