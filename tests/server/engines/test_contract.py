@@ -273,7 +273,7 @@ _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 #: A random model never ends the blanks that JSON allows between its parts: tab, newline, return,
 #: space, as the tiny model's tokens.
 NO_BLANKS = {str(_ALPHABET.index(blank) + len(SPECIAL_TOKENS)): -100 for blank in "ĉĊčĠ"}
-#: Nor does it end a list of calls: the closing bracket, or the end of the turn, where that may come.
+#: Nor does it end a list of calls: the closing bracket, or the end, where that may come.
 ONE_CALL = NO_BLANKS | {
     str(_ALPHABET.index("]") + len(SPECIAL_TOKENS)): 100,
     str(SPECIAL_TOKENS.index("<|im_end|>")): 100,
