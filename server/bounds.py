@@ -295,6 +295,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._abort("write_timeout")
         elif self.flow.write_paused and self._has_stalled(now, settings.write_timeout_seconds):
             self._abort("write_timeout")
+        elif self._is_refused:
+            pass  # it was told so, and is closed in a moment
         elif self._phase is _Phase.HEAD and waited > settings.head_timeout_seconds:
             self._bounds.count("head_timeout")
             if not self._untold_bytes:

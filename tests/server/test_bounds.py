@@ -6,6 +6,7 @@ import json
 import re
 import select
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -242,6 +243,16 @@ def test_a_body_that_never_ends_is_answered_408(hasty_gateway: RunningGateway) -
     upload = upload.replace(b"application/json", b"multipart/form-data; boundary=x")
     assert exchange(hasty_gateway, upload)[0] == 408
     assert ended(hasty_gateway) == {"body_timeout": 2}
+
+
+def test_a_client_that_stays_after_its_refusal_is_refused_once(
+    hasty_gateway: RunningGateway,
+) -> None:
+    with connected(hasty_gateway) as connection:
+        connection.sendall(post(hasty_gateway.admin_key, length=5_000))
+        assert statuses(read_all(connection)) == [408]
+        threading.Event().wait(0.6)  # several looks at it: only time can show it
+        assert ended(hasty_gateway) == {"body_timeout": 1}
 
 
 def test_a_body_that_comes_steadily_has_time(

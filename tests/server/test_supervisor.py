@@ -32,12 +32,13 @@ from server.settings import EngineSettings, GatewaySettings, Settings
 from server.supervisor import SupervisorError, child_environment, sole_supervisor
 
 STANDIN = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 from server.children import Backoff, ChildSpec, Launch
 from server.supervisor import Supervisor
 
 folder, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
 def spec(name, code, options):
     launch = Launch([sys.executable, "-c", code], os.environ)
