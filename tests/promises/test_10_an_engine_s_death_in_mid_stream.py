@@ -83,7 +83,9 @@ def test_a_killed_engine_ends_its_streams_within_two_seconds_and_returns_only_pr
                 said = answer.json()["choices"][0]["message"]["content"]
                 assert said.startswith(candidate.signature)
                 state = httpx.get(f"{engine.url}/fake/state", trust_env=False).json()
-                assert [request["path"] for request in state["requests"]] == [
+                asked = [request["path"] for request in state["requests"]]
+                # How it reads a chat was looked at first.
+                assert [path for path in asked if path != "/tokenize"] == [
                     "/v1/load_lora_adapter",
                     "/v1/completions",  # the probe of the base
                     "/v1/completions",  # and of the adapter
