@@ -54,7 +54,7 @@ def until(found: Callable[[], int | None]) -> int:
     deadline = time.monotonic() + 30
     while (value := found()) is None:
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.01)  # the reader is another process: there is no event
     return value
 
 

@@ -141,7 +141,7 @@ def test_each_verdict_stands_once_with_its_whole_history_after_every_kill(
                     address.set(gateway.url)
                     address.wait_for(20)
                     # The kill must strike at any moment of the verdicts under way.
-                    time.sleep(chance.random() * 0.05)
+                    time.sleep(chance.random() * 0.05)  # a kill at any moment
                     address.set(None)
                     gateway.kill()
                 with database.read() as session:

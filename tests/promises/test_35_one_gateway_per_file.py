@@ -71,7 +71,7 @@ def test_a_second_gateway_is_refused_and_every_kill_leaves_the_file_whole(
                 with traffic.running():
                     traffic.wait_for(8)
                     # The kill must strike at any moment of a write.
-                    time.sleep(chance.random() * 0.05)
+                    time.sleep(chance.random() * 0.05)  # a kill at any moment
                     gateway.kill()
             with database.read() as session:
                 assert session.scalar(text("PRAGMA integrity_check")) == "ok"

@@ -36,7 +36,7 @@ def until(happens: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 30
     while not happens():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.01)  # the reader is another process: there is no event
 
 
 def folders(running: RunningGateway) -> list[Path]:
