@@ -40,15 +40,21 @@ class Client(asyncio.Protocol):
         self.first = 0.0  #: when its first byte of a body came
         self.ended = 0.0
         self.failure: str | None = None
+        self.lost = False  #: the server has closed it
         self._stream = stream
         self._on_end = on_end
         self._asks = False
+        self._asked = 0
+        self._request = b""
+        self._heard = False
         self._tail = b""
         self._parser: Any = None
 
     def ask(self, request: bytes, began: float) -> None:
         self.began, self.first, self._tail = began, 0.0, b""
-        self.failure, self._asks = None, True
+        self.failure, self._asks, self._heard = None, True, False
+        self._request = request
+        self._asked += 1
         self._parser = httptools.HttpResponseParser(self)
         self.transport.write(request)
 
@@ -56,6 +62,7 @@ class Client(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self._heard = True
         self._parser.feed_data(data)
 
     def on_body(self, body: bytes) -> None:
@@ -73,8 +80,14 @@ class Client(asyncio.Protocol):
             self._end(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
         if self._asks:
             self._end(f"the connection broke: {exc}")
+
+    @property
+    def unheard(self) -> bytes | None:
+        """The request that met the end of a kept connection: the server hasn't seen it."""
+        return self._request if self.lost and self._asked > 1 and not self._heard else None
 
     def _end(self, failure: str | None) -> None:
         self.ended, self.failure, self._asks = time.perf_counter(), failure, False
@@ -109,6 +122,7 @@ class Load:
         self.first: list[float] = []
         self.failures: list[str] = []
         self._idle: list[Client] = []
+        self._again: set[asyncio.Future[None]] = set()
         self._all_ended = asyncio.Event()
         self._running = 0
         self._deadline = 0.0
@@ -150,7 +164,15 @@ class Load:
             wait = intended - time.perf_counter()
             if wait > 0:
                 await asyncio.sleep(wait)
-            self._ask(self._idle.pop() if self._idle else await self._connect(), intended)
+            self._ask(await self._free_client(), intended)
+
+    async def _free_client(self) -> Client:
+        """One that the server hasn't closed for being idle, or a new one."""
+        while self._idle:
+            client = self._idle.pop()
+            if not client.lost and not client.transport.is_closing():
+                return client
+        return await self._connect()
 
     def _rate(self) -> float:
         return float(self._options.rate)
@@ -171,7 +193,24 @@ class Load:
         self._running += 1
         client.ask(self._head + self._body % number, began)
 
+    async def _ask_again(self, request: bytes, began: float) -> None:
+        """As clients do: once more on a new connection, which counts from the first time."""
+        try:
+            client = await self._connect()
+        except OSError as error:
+            self._running -= 1
+            self.failures.append(f"no connection: {error}")
+            if not self._running:
+                self._all_ended.set()
+        else:
+            client.ask(request, began)
+
     def _ended(self, client: Client) -> None:
+        if (request := client.unheard) is not None:
+            again = asyncio.ensure_future(self._ask_again(request, client.began))
+            self._again.add(again)
+            again.add_done_callback(self._again.discard)
+            return
         self._running -= 1
         if client.failure is None:
             self.latencies.append(client.ended - client.began)

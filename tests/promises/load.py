@@ -19,7 +19,9 @@ def ask_at_rate(
     command = [sys.executable, "-P", str(LOAD), "--url", url, "--model", model, "--key", key]
     command += ["--requests", str(requests), "--rate", str(rate), "--clients", "4"]
     command += ["--seconds", str(requests / rate)] + (["--stream"] if stream else [])
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"the load ended with {done.returncode}: {done.stderr[-2000:]}")
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
 
