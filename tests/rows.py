@@ -24,6 +24,29 @@ from tuner.tables import Adapter, Decision, Evaluation, Job, JobStatus, Release
 from tuner.tuning import create_freeze_job
 
 
+def started_answer(person_id: str, **columns: Any) -> StartedAnswer:
+    """A chat with the deployment `assistant` that begins; `columns` are other ones of it."""
+    values: dict[str, Any] = {
+        "id": new_id("chatcmpl-"),
+        "person_id": person_id,
+        "key_id": None,
+        "deployment": "assistant",
+        "release": "assistant@0",
+        "requested_model": "assistant",
+        "arm": Arm.PRODUCTION,
+        "propensity": 1.0,
+        "generation": 0,
+        "engine": None,
+        "gateway": "gw_test",
+        "kind": AnswerKind.CHAT,
+        "messages": [{"role": "user", "content": "hi"}],
+        "prefix_hash": new_id(""),
+        "root_hash": "root",
+        "sampling": {},
+    }
+    return StartedAnswer(**{**values, **columns})
+
+
 def add_answer(
     database: Database,
     user: str,
@@ -40,26 +63,18 @@ def add_answer(
     with database.write() as session:
         person_id = find_or_create_person(session, user, end_user).id
         messages = [{"role": "user", "content": prompt}]
-        started = StartedAnswer(
+        started = started_answer(
+            person_id,
             **{
-                "id": new_id("chatcmpl-"),
-                "person_id": person_id,
-                "key_id": None,
                 "deployment": deployment,
                 "release": f"{deployment}@0",
                 "requested_model": deployment,
-                "arm": Arm.PRODUCTION,
-                "propensity": 1.0,
-                "generation": 0,
                 "engine": "engine-0",
-                "gateway": "gw_test",
-                "kind": AnswerKind.CHAT,
                 "messages": messages,
                 "prefix_hash": messages_hash(person_id, messages),
                 "root_hash": root_hash(messages),
-                "sampling": {},
                 **columns,
-            }
+            },
         )
         record_started(Driver.of(session), [started])
         choice = {

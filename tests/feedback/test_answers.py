@@ -16,6 +16,7 @@ from feedback.answers import (
     messages_hash,
     root_hash,
     set_metadata,
+    text_of,
 )
 from feedback.comparisons import NewComparison, compare
 from feedback.db import Database, Driver
@@ -33,6 +34,16 @@ from feedback.tables import (
     Judgement,
 )
 from tests.feedback.record import ask, make_viewer, turns
+
+
+def test_the_text_of_parts_has_a_line_for_each() -> None:
+    parts = [
+        {"type": "text", "text": "Look:"},
+        {"type": "image_url", "image_url": {"url": "x"}},
+        {"type": "text", "text": "A river."},
+        "stray",
+    ]
+    assert [text_of(content) for content in (parts, "One", None)] == ["Look:\nA river.", "One", ""]
 
 
 def places(database: Database) -> dict[str, Answer]:

@@ -24,6 +24,7 @@ from feedback.recording import (
 )
 from feedback.tables import Answer, AnswerContinuation, AnswerStatus, AnswerText, Conversation
 from tests.feedback.record import ask, make_viewer
+from tests.rows import started_answer
 
 SAID: dict[str, Any] = {
     "index": 0,
@@ -205,25 +206,8 @@ def test_a_conversation_that_goes_on_while_its_last_answer_is_deleted_stays(
 
 
 def started(viewer: Viewer, answer_id: str, **more: Any) -> StartedAnswer:
-    values: dict[str, Any] = {
-        "id": answer_id,
-        "person_id": viewer.person_id,
-        "key_id": None,
-        "deployment": "assistant",
-        "release": "assistant@0",
-        "requested_model": "assistant",
-        "arm": "production",
-        "propensity": 1.0,
-        "generation": 0,
-        "engine": None,
-        "gateway": "gw_1",
-        "kind": "chat",
-        "messages": [{"role": "user", "content": "hi"}],
-        "prefix_hash": answer_id,
-        "root_hash": "root",
-        "sampling": {},
-    }
-    return StartedAnswer(**{**values, **more})
+    columns = {"id": answer_id, "gateway": "gw_1", "prefix_hash": answer_id, **more}
+    return started_answer(viewer.person_id, **columns)
 
 
 def _record(database: Database, batch: list[StartedAnswer]) -> None:

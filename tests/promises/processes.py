@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import httpx
 import numpy as np
 from safetensors.numpy import save_file
 
+from feedback.db import Database
+from server.auth import create_key
 from server.engines.process import free_port
-from server.settings import Settings
+from server.settings import ModelSettings, Settings
+from server.upgrade import upgrade
 from tests.gateway_fixtures import CHAT_TEMPLATE
 from tuner.base_models import BaseModel, describe_base
 
@@ -125,6 +129,30 @@ class GatewayProcess:
         """SIGTERM; the exit status."""
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(30)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a gateway needs before it starts."""
+
+    base: BaseModel
+    settings: Settings
+    database: Database
+
+    def key(self, user: str = "anna", scope: str = "chat") -> str:
+        with self.database.write() as session:
+            return create_key(session, user=user, scopes=[scope])[1]
+
+
+def prepare(folder: Path, settings: Settings | None = None) -> Prepared:
+    """A model in `folder`, and a database with a deployment of it; by default SQLite there too."""
+    base = build_model(folder / "tiny")
+    if settings is None:
+        settings = Settings(data=folder / "data", model=ModelSettings(path=str(base.path)))
+    settings.data.mkdir()
+    database = Database(settings.database_url)
+    upgrade(settings, database, base, url="http://127.0.0.1")
+    return Prepared(base, settings, database)
 
 
 def build_model(folder: Path) -> BaseModel:

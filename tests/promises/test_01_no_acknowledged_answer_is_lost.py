@@ -10,15 +10,11 @@ import httpx
 import pytest
 from sqlalchemy import select, text
 
-from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus, AnswerText
-from server.auth import create_key
 from server.engines.fake import fake_answer
-from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
 from tests.gateway_fixtures import make_candidate
 from tests.promise_fixtures import Figures
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import scaled
 from tests.promises.traffic import Traffic
 from tuner.adapters import AdapterStore
@@ -32,16 +28,13 @@ def test_each_answer_whose_end_was_seen_has_one_complete_row_after_every_kill(
     figures: Figures,
 ) -> None:
     kills = max(20, scaled(200))
-    base = build_model(tmp_path / "tiny")
-    settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
+    place = prepare(tmp_path)
+    base, settings, database = place.base, place.settings, place.database
     store = AdapterStore(settings.adapters_dir)
     candidate = make_candidate(database, store, 1, base=base)
     with database.write() as session:
         move_production(session, "assistant", 1, expected_generation=0)
-        _, key = create_key(session, user="anna", scopes=["chat"])
+    key = place.key()
     chance = random.Random(0)
     traffic = Traffic([], key)
     with engine_process() as engine:

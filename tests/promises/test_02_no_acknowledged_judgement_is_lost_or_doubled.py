@@ -16,11 +16,8 @@ from sqlalchemy import select, text
 
 from feedback.db import Database
 from feedback.tables import Judgement, JudgementRevision
-from server.auth import create_key
-from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
 from tests.promise_fixtures import Figures
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import scaled
 from tests.rows import add_answer
 
@@ -120,18 +117,13 @@ def test_each_verdict_stands_once_with_its_whole_history_after_every_kill(
     tmp_path: Path, figures: Figures
 ) -> None:
     kills = scaled(100)
-    base = build_model(tmp_path / "tiny")
-    settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
+    place = prepare(tmp_path)
+    base, settings, database = place.base, place.settings, place.database
     address, stop, chance = Address(), threading.Event(), random.Random(0)
     raters = []
     for user in PEOPLE:
         answers = [add_answer(database, user, prompt=f"Question {n}?") for n in range(3)]
-        with database.write() as session:
-            _, key = create_key(session, user=user, scopes=["feedback"])
-        raters.append(Rater(user, key, answers, address))
+        raters.append(Rater(user, place.key(user, "feedback"), answers, address))
     log = tmp_path / "gateway.log"
     with engine_process() as engine, ThreadPoolExecutor() as pool:
         judging = [pool.submit(rater.judge_until, stop) for rater in raters]

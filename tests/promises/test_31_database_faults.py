@@ -25,12 +25,10 @@ from sqlalchemy import func, select, text
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus, AnswerText
-from server.auth import create_key
 from server.settings import DatabaseSettings, GatewaySettings, ModelSettings, Settings
-from server.upgrade import upgrade
 from tests.databases import serve_postgres, url_of
 from tests.promise_fixtures import Figures
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import is_full, scaled
 from tests.promises.traffic import CHAT, Refusal, Traffic
 from tuner.base_models import BaseModel
@@ -53,7 +51,8 @@ def test_a_locked_sqlite_file_costs_no_answer_its_record(tmp_path: Path, figures
     # Every second time the lock outlives SQLite's own patience, which is 10 s.
     locks = [FAULT_SECONDS + 2.0 * (turn % 2) for turn in range(scaled(20))]
     settings = _settings(tmp_path / "data", tmp_path)
-    base, database, key = _prepare(settings)
+    place = prepare(tmp_path, settings)
+    base, database, key = place.base, place.database, place.key()
 
     @contextmanager
     def locked() -> Iterator[None]:
@@ -72,7 +71,8 @@ def test_a_full_disk_costs_no_answer_its_record(tmp_path: Path, figures: Figures
     fills = [FAULT_SECONDS] * scaled(20)
     with _small_disk(tmp_path / "disk") as disk:
         settings = _settings(disk / "data", tmp_path)
-        base, database, key = _prepare(settings)
+        place = prepare(tmp_path, settings)
+        base, database, key = place.base, place.database, place.key()
 
         @contextmanager
         def full() -> Iterator[None]:
@@ -102,7 +102,8 @@ def test_a_restart_of_postgresql_costs_no_answer_its_record(
     with serve_postgres() as server:  # the other tests need theirs
         url = url_of(server).render_as_string(hide_password=False)
         settings = _settings(tmp_path / "data", tmp_path, url=url)
-        base, database, key = _prepare(settings)
+        place = prepare(tmp_path, settings)
+        base, database, key = place.base, place.database, place.key()
         modes = itertools.cycle(["fast", "immediate"])  # told to end, and as if it had crashed
 
         @contextmanager
@@ -260,17 +261,6 @@ def _settings(data: Path, folder: Path, *, url: str | None = None) -> Settings:
         model=ModelSettings(path=str(folder / "tiny")),
         database=DatabaseSettings(url=url),
     )
-
-
-def _prepare(settings: Settings) -> tuple[BaseModel, Database, str]:
-    """What a gateway needs before it starts: the base, the database, a key."""
-    base = build_model(Path(settings.model.path))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
-    with database.write() as session:
-        _, key = create_key(session, user="anna", scopes=["chat"])
-    return base, database, key
 
 
 @contextmanager

@@ -11,14 +11,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.auth import create_key
-from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
 from tests.promise_fixtures import Figures
 from tests.promises.load import ask_at_rate, resident_mib
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import is_full, scaled
 
 pytestmark = pytest.mark.promises
@@ -35,13 +31,9 @@ def test_clients_that_never_read_neither_fill_the_memory_nor_slow_the_others(
     figures: Figures,
 ) -> None:
     asked = scaled(1_000)
-    base = build_model(tmp_path / "tiny")
-    settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
-    with database.write() as session:
-        _, key = create_key(session, user="anna", scopes=["chat"])
+    place = prepare(tmp_path)
+    base, settings, database = place.base, place.settings, place.database
+    key = place.key()
     log = tmp_path / "gateway.log"
     with (
         ExitStack() as stack,

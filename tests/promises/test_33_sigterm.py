@@ -13,38 +13,21 @@ from sqlalchemy import func, select
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.auth import create_key
-from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
 from tests.promise_fixtures import Figures
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import scaled
-from tuner.base_models import BaseModel
 
 pytestmark = pytest.mark.promises
 
 STREAMS = 8
 
 
-def prepare(folder: Path) -> tuple[BaseModel, Settings, str]:
-    """A model, a database, and a key that may chat."""
-    base = build_model(folder / "tiny")
-    settings = Settings(data=folder / "data", model=ModelSettings(path=str(base.path)))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
-    with database.write() as session:
-        _, key = create_key(session, user="anna", scopes=["chat"])
-    database.dispose()
-    return base, settings, key
-
-
 def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(
     tmp_path: Path, figures: Figures
 ) -> None:
     turns = scaled(40)
-    base, settings, key = prepare(tmp_path)
-    database = Database(settings.database_url)
+    place = prepare(tmp_path)
+    base, settings, database, key = place.base, place.settings, place.database, place.key()
     log = tmp_path / "gateway.log"
     with engine_process() as engine, ThreadPoolExecutor(STREAMS + 1) as pool:
         httpx.post(f"{engine}/fake/faults", json={"token_seconds": 0.05}, trust_env=False)
@@ -69,7 +52,8 @@ def test_streams_end_whole_after_sigterm_and_nobody_new_is_let_in(
 
 
 def test_what_takes_longer_than_the_drain_is_ended_with_a_word(tmp_path: Path) -> None:
-    base, settings, key = prepare(tmp_path)
+    place = prepare(tmp_path)
+    base, settings, key = place.base, place.settings, place.key()
     begun = threading.Barrier(3)
     with engine_process() as engine, ThreadPoolExecutor(2) as pool:
         httpx.post(

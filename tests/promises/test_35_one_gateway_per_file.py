@@ -15,13 +15,10 @@ import pytest
 from sqlalchemy import text
 
 from feedback import audit
-from feedback.db import Database
-from server.auth import create_key
 from server.engines.process import free_port
-from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
+from server.settings import Settings
 from tests.promise_fixtures import Figures
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import scaled
 from tests.promises.traffic import Traffic
 
@@ -47,13 +44,9 @@ def test_a_second_gateway_is_refused_and_every_kill_leaves_the_file_whole(
     tmp_path: Path, figures: Figures
 ) -> None:
     kills, seconds = scaled(60), 0
-    base = build_model(tmp_path / "tiny")
-    settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
-    with database.write() as session:
-        _, key = create_key(session, user="anna", scopes=["chat"])
+    place = prepare(tmp_path)
+    base, settings, database = place.base, place.settings, place.database
+    key = place.key()
     chance, traffic = random.Random(35), Traffic([], key)
     log = tmp_path / "gateway.log"
     with engine_process() as engine:

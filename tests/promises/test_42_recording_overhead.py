@@ -12,18 +12,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.auth import create_key
-from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
 from tests.promise_fixtures import Figures
 from tests.promises.load import ask_at_rate
 from tests.promises.processes import (
-    build_model,
     engine_process,
     gateway_process,
     pass_through_process,
+    prepare,
 )
 from tests.promises.scale import is_full, scaled
 
@@ -36,13 +32,9 @@ def test_recording_costs_little_and_every_end_that_was_seen_has_a_row(
     tmp_path: Path, figures: Figures
 ) -> None:
     asked = scaled(2_000) // ROUNDS
-    base = build_model(tmp_path / "tiny")
-    settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
-    with database.write() as session:
-        _, key = create_key(session, user="anna", scopes=["chat"])
+    place = prepare(tmp_path)
+    base, settings, database = place.base, place.settings, place.database
+    key = place.key()
     seen, added, to_engine = 0, {"p50_ms": [], "p99_ms": []}, []
     log = tmp_path / "gateway.log"
     with (

@@ -14,15 +14,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from feedback.db import Database
-from server.auth import create_key
-from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
 from tests.promise_fixtures import Figures
 from tests.promises.hostile import bodies, compressed, files, heads
 from tests.promises.hostile.sending import Hostile, Target
 from tests.promises.load import ask_at_rate, cpu_seconds, peak_mib, reset_peak, resident_mib
-from tests.promises.processes import build_model, engine_process, gateway_process
+from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import is_full, scaled
 
 pytestmark = pytest.mark.promises
@@ -49,18 +45,12 @@ class Attacked:
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     folder = tmp_path_factory.mktemp("attacked")
-    base = build_model(folder / "tiny")
-    settings = Settings(data=folder / "data", model=ModelSettings(path=str(base.path)))
-    settings.data.mkdir()
-    database = Database(settings.database_url)
-    upgrade(settings, database, base, url="http://127.0.0.1")
-    with database.write() as session:
-        _, key = create_key(session, user="mallory", scopes=["admin"])
-    database.dispose()
+    place = prepare(folder)
+    settings, key = place.settings, place.key("mallory", "admin")
     with (
         engine_process() as engine,
         gateway_process(
-            settings.data, base.path, engine, folder / "log", **heads.PATIENCE
+            settings.data, place.base.path, engine, folder / "log", **heads.PATIENCE
         ) as gateway,
     ):
         pid = int((settings.data / "burnish.gateway.lock").read_text())

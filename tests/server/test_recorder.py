@@ -18,12 +18,13 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from feedback.answers import messages_hash
-from feedback.db import Database, new_id
+from feedback.db import Database
 from feedback.people import find_or_create_person
 from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import Answer, AnswerStatus
 from server.recorder import MOST_UNDER_WAY, NotRecorded, NotSent, Recorder, RefersToNothing
 from server.writer import Writer, writer_lock
+from tests.rows import started_answer
 
 pytestmark = pytest.mark.anyio
 
@@ -59,28 +60,6 @@ async def with_process(database: Database, folder: Path) -> AsyncIterator[Record
         await recorder.stop()
 
 
-def started(person: str, **more: Any) -> StartedAnswer:
-    values: dict[str, Any] = {
-        "id": new_id("chatcmpl-"),
-        "person_id": person,
-        "key_id": None,
-        "deployment": "assistant",
-        "release": "assistant@0",
-        "requested_model": "assistant",
-        "arm": "production",
-        "propensity": 1.0,
-        "generation": 0,
-        "engine": None,
-        "gateway": "gw_1",
-        "kind": "chat",
-        "messages": [{"role": "user", "content": "hi"}],
-        "prefix_hash": new_id(""),
-        "root_hash": "root",
-        "sampling": {},
-    }
-    return StartedAnswer(**{**values, **more})
-
-
 def ended(answer: StartedAnswer) -> EndedAnswer:
     message = {"role": "assistant", "content": "hello"}
     return EndedAnswer(
@@ -114,7 +93,7 @@ async def test_what_was_awaited_is_committed_and_groups_form_under_load(
     writer = writer_of(recorder)
     write = writer._write
     monkeypatch.setattr(writer, "_write", lambda g: (sizes.append(len(g)), write(g)))
-    rows = [started(person) for _ in range(200)]
+    rows = [started_answer(person) for _ in range(200)]
     await asyncio.gather(*(recorder.record(row, SECONDS) for row in rows))
     await asyncio.gather(*(recorder.record(ended(row), SECONDS) for row in rows))
     assert statuses(database) == dict.fromkeys([row.id for row in rows], "complete")
@@ -127,7 +106,7 @@ async def test_what_was_awaited_is_committed_and_groups_form_under_load(
 async def test_a_row_that_cannot_be_written_takes_no_neighbour_along(
     database: Database, recorder: Recorder, person: str
 ) -> None:
-    rows = [started(person) for _ in range(5)]
+    rows = [started_answer(person) for _ in range(5)]
     rows[2].person_id = "person_nobody"
     results = await asyncio.gather(
         *(recorder.record(row, SECONDS) for row in rows), return_exceptions=True
@@ -146,7 +125,7 @@ async def test_a_row_that_cannot_be_written_takes_no_neighbour_along(
 async def test_who_waits_is_told_whether_a_person_is_gone_or_the_database_is_away(
     database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [started(person), started("person_erased"), started(person)]
+    rows = [started_answer(person), started_answer("person_erased"), started_answer(person)]
     found = await asyncio.gather(
         *(recorder.record(row, SECONDS) for row in rows), return_exceptions=True
     )
@@ -157,14 +136,14 @@ async def test_who_waits_is_told_whether_a_person_is_gone_or_the_database_is_awa
 
     monkeypatch.setattr(writer_of(recorder), "_write", away)
     with pytest.raises(NotRecorded) as error:
-        await recorder.record(started(person), SECONDS)
+        await recorder.record(started_answer(person), SECONDS)
     assert type(error.value) is NotRecorded
 
 
 async def test_the_end_of_an_answer_that_is_refused_becomes_a_dead_letter(
     database: Database, recorder: Recorder, person: str, tmp_path: Path
 ) -> None:
-    row = started(person)
+    row = started_answer(person)
     await recorder.record(row, SECONDS)
     refused = ended(row)
     refused.choices[0]["index"] = None  # its row must have one
@@ -180,7 +159,7 @@ async def test_the_end_of_an_answer_that_is_refused_becomes_a_dead_letter(
 async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_them(
     database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [started(person) for _ in range(3)]
+    rows = [started_answer(person) for _ in range(3)]
     await asyncio.gather(*(recorder.record(row, SECONDS) for row in rows))
     writer, away = writer_of(recorder), threading.Event()
     write = writer._write
@@ -192,7 +171,7 @@ async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_the
         write(group)
 
     monkeypatch.setattr(writer, "_write", fails)
-    late = started(person)
+    late = started_answer(person)
     waits = [
         *(recorder.record(ended(row), SECONDS) for row in rows),
         recorder.record(late, SECONDS),
@@ -203,7 +182,7 @@ async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_the
     )
     await until(lambda: recorder.depth == 3)
     away.clear()
-    fresh = started(person)
+    fresh = started_answer(person)
     await recorder.record(fresh, SECONDS)
     await until(lambda: recorder.committed == 7)
     found = statuses(database)
@@ -220,7 +199,7 @@ async def test_whoever_stopped_waiting_is_not_said_to_have_got_the_end(
         person = find_or_create_person(session, "anna").id
     recorder = Recorder(sqlite_database, tmp_path / "letters")
     await recorder.start()
-    row = started(person)
+    row = started_answer(person)
     await recorder.record(row, SECONDS)
     locked = sqlite_database.engine.raw_connection()
     locked.execute("BEGIN IMMEDIATE")
@@ -241,7 +220,7 @@ async def test_whoever_stopped_waiting_is_not_said_to_have_got_the_end(
 async def test_a_row_that_is_not_understood_costs_nobody_else_a_commit(
     database: Database, recorder: Recorder, person: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken, row = started(person), started(person)
+    broken, row = started_answer(person), started_answer(person)
     broken.messages = "what somebody said"  # type: ignore[assignment] - the fault that is tested
     results = await asyncio.gather(
         *(recorder.record(each, SECONDS) for each in (broken, row)), return_exceptions=True
@@ -256,7 +235,7 @@ async def test_a_row_that_is_not_understood_costs_nobody_else_a_commit(
 async def test_an_end_that_was_committed_and_not_sent_is_taken_back(
     database: Database, recorder: Recorder, person: str, sent_again: bool
 ) -> None:
-    row = started(person)
+    row = started_answer(person)
     await recorder.record(row, SECONDS)
     await recorder.record(ended(row), SECONDS)
     if sent_again:
@@ -270,7 +249,7 @@ async def test_stopping_writes_what_is_queued(database: Database, tmp_path: Path
         person = find_or_create_person(session, "anna").id
     recorder = Recorder(database, tmp_path / "letters")
     await recorder.start()
-    row = started(person)
+    row = started_answer(person)
     await recorder.record(row, SECONDS)
     recorder.record_soon(ended(row))
     await recorder.stop()
@@ -282,7 +261,8 @@ async def test_the_writer_s_process_writes_and_holds_its_lock_until_it_has(
 ) -> None:
     async with with_process(database, tmp_path) as recorder:
         rows = [
-            started(person, messages=[{"role": "user", "content": "ü\u2028" * n}]) for n in (1, 9)
+            started_answer(person, messages=[{"role": "user", "content": "ü\u2028" * n}])
+            for n in (1, 9)
         ]
         await asyncio.gather(*(recorder.record(row, SECONDS) for row in rows))
         for row in rows:
@@ -298,7 +278,7 @@ async def test_after_the_death_of_the_writer_another_one_writes_what_was_sent_an
     database: Database, person: str, tmp_path: Path
 ) -> None:
     async with with_process(database, tmp_path) as recorder:
-        answered, waits, left, lost, hasty, late = [started(person) for _ in range(6)]
+        answered, waits, left, lost, hasty, late = [started_answer(person) for _ in range(6)]
         for row in (answered, waits, left):
             await recorder.record(row, SECONDS)
         await recorder.record(ended(answered), SECONDS)
@@ -329,7 +309,7 @@ async def test_an_end_that_nobody_waits_for_any_more_is_owed_too_when_the_writer
     database: Database, person: str, tmp_path: Path
 ) -> None:
     async with with_process(database, tmp_path) as recorder:
-        row = started(person)
+        row = started_answer(person)
         await recorder.record(row, SECONDS)
         assert recorder.process is not None
         os.kill(recorder.process.pid, signal.SIGSTOP)
@@ -343,7 +323,7 @@ async def test_an_end_that_nobody_waits_for_any_more_is_owed_too_when_the_writer
 async def test_an_end_that_stops_waiting_just_when_the_next_writer_is_there_is_written(
     database: Database, recorder: Recorder, person: str
 ) -> None:
-    row = started(person)
+    row = started_answer(person)
     await recorder.record(row, SECONDS)
     link, recorder._link = recorder._link, None
     recorder._there.clear()
@@ -360,7 +340,7 @@ async def test_an_end_that_is_taken_back_while_there_is_no_writer_is_taken_back_
     database: Database, person: str, tmp_path: Path
 ) -> None:
     async with with_process(database, tmp_path) as recorder:
-        row = started(person)
+        row = started_answer(person)
         await recorder.record(row, SECONDS)
         await recorder.record(ended(row), SECONDS)
         assert recorder.process is not None
@@ -373,11 +353,11 @@ async def test_an_end_that_is_taken_back_while_there_is_no_writer_is_taken_back_
 async def test_after_its_end_a_recorder_refuses_at_once_and_says_what_it_lost(
     recorder: Recorder, person: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    row = started(person)
+    row = started_answer(person)
     await recorder.record(row, SECONDS)
     await recorder.stop()
     assert "lost" not in caplog.text
-    for late in (started(person), ended(row)):
+    for late in (started_answer(person), ended(row)):
         with pytest.raises(NotRecorded, match="is not there"):
             await recorder.record(late, SECONDS)
     await recorder.stop()
@@ -391,7 +371,7 @@ async def test_a_writer_that_is_far_behind_gets_no_new_answers(
     async with with_process(database, tmp_path) as recorder:
         assert recorder.process is not None
         os.kill(recorder.process.pid, signal.SIGSTOP)
-        rows = [started(person, prefix_hash="x" * 600) for _ in range(8)]
+        rows = [started_answer(person, prefix_hash="x" * 600) for _ in range(8)]
         waits = [asyncio.ensure_future(recorder.record(row, 0.05)) for row in rows]
         results = await asyncio.gather(*waits, return_exceptions=True)
         assert "the writer is too far behind" in {str(result) for result in results}
@@ -405,7 +385,7 @@ async def test_a_start_that_nobody_waits_for_any_more_is_not_sent_to_a_writer_th
     async with with_process(database, tmp_path) as recorder:
         assert recorder.process is not None
         assert recorder._link is not None
-        link, rows = recorder._link, [started(person) for _ in range(MOST_UNDER_WAY + 3)]
+        link, rows = recorder._link, [started_answer(person) for _ in range(MOST_UNDER_WAY + 3)]
         os.kill(recorder.process.pid, signal.SIGSTOP)
         waits = []
         for row in rows[:MOST_UNDER_WAY]:  # a portion each, which the writer has
@@ -423,7 +403,7 @@ async def test_a_start_that_nobody_waits_for_any_more_is_not_sent_to_a_writer_th
         assert [type(result) for result in results] == kinds
         assert (link.unsent_bytes, recorder.depth) == (0, MOST_UNDER_WAY)
         os.kill(recorder.process.pid, signal.SIGCONT)
-        last = started(person)
+        last = started_answer(person)
         await recorder.record(last, SECONDS)
         assert recorder.depth == 0
         assert set(statuses(database)) == {row.id for row in [*rows[:MOST_UNDER_WAY], last]}

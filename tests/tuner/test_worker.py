@@ -336,6 +336,13 @@ def test_hyperparameters_reach_the_trainer_over_its_defaults(home: Home) -> None
     assert config["max_length"] == 512  # the base reaches no further
 
 
+def test_no_example_is_longer_than_what_the_engine_reads(home: Home) -> None:
+    job = home.tune()
+    home.worker(max_model_len=256).run_one()
+    config = json.loads((home.data / "jobs" / job.id / "config.json").read_text())
+    assert config["max_length"] == 256
+
+
 def test_a_suffix_and_a_validation_file_reach_release_and_trainer(home: Home) -> None:
     with home.database.write() as session:
         held = add_file(session, home.data, [supervised("v", "Valid?", "Yes.")], side=None)
