@@ -47,11 +47,15 @@ class EarlierAnswer:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's `content`: a string, or a list of parts whose texts are joined."""
+    """The text of a message's `content`: a string, or parts with a line break between their texts.
+
+    Engines join the parts in the same way.
+    """
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+        texts = (part.get("text") for part in content if isinstance(part, Mapping))
+        return "\n".join(text for text in texts if text)
     return ""
 
 

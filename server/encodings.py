@@ -8,7 +8,7 @@ at its own limit, and a few bytes that would become gigabytes never do. Does not
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.types import Message, Receive, Scope
 
@@ -42,20 +42,27 @@ class Decoder(Protocol):
         """
 
 
-class _Zlib:
-    def __init__(self, wbits: int) -> None:
-        self._decoder = zlib.decompressobj(wbits)
+class _Library:
+    """What the decoders of zlib and of zstd call alike."""
+
+    _decoder: Any
 
     @property
     def ended(self) -> bool:
-        return self._decoder.eof
+        return bool(self._decoder.eof)
 
     @property
     def rest(self) -> bytes:
-        return self._decoder.unused_data
+        return bytes(self._decoder.unused_data)
+
+
+class _Zlib(_Library):
+    def __init__(self, wbits: int) -> None:
+        self._decoder = zlib.decompressobj(wbits)
 
     def decode(self, data: bytes) -> bytes:
-        return self._decoder.decompress(self._decoder.unconsumed_tail + data, PIECE_BYTES)
+        data = self._decoder.unconsumed_tail + data
+        return bytes(self._decoder.decompress(data, PIECE_BYTES))
 
 
 class _Deflate:
@@ -84,7 +91,7 @@ class _Deflate:
         return self._decoder.decode(data)
 
 
-class _Zstd:
+class _Zstd(_Library):
     def __init__(self) -> None:
         # Imported when the first body comes that needs it. Python has its own from 3.14 on.
         from backports import zstd
@@ -93,17 +100,9 @@ class _Zstd:
         self._decoder = zstd.ZstdDecompressor(options=options)
         self._error = zstd.ZstdError
 
-    @property
-    def ended(self) -> bool:
-        return self._decoder.eof
-
-    @property
-    def rest(self) -> bytes:
-        return self._decoder.unused_data
-
     def decode(self, data: bytes) -> bytes:
         try:
-            return self._decoder.decompress(data, PIECE_BYTES)
+            return bytes(self._decoder.decompress(data, PIECE_BYTES))
         except self._error as error:
             raise ValueError(str(error)) from None
 

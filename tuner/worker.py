@@ -104,6 +104,7 @@ class WorkerOptions:
     api_key: str  #: the internal key
     model_revision: str | None = None
     max_lora_rank: int = 16
+    max_model_len: int | None = None  #: tokens that the engine reads at most; None: the base's own
     training_threads: int | None = None  #: None: all cores
     lease_seconds: float = 30.0
     poll_seconds: float = 1.0
@@ -468,7 +469,8 @@ class Worker:
                 value = defaults.learning_rate * value
             settings[HYPERPARAMETERS[name].setting] = value
         longest = settings.get("max_length", _default("max_length"))
-        settings["max_length"] = min(longest, base.max_position_embeddings)
+        served = self._options.max_model_len or base.max_position_embeddings
+        settings["max_length"] = min(longest, served, base.max_position_embeddings)
         return TrainingConfig.from_json(json.dumps(settings))
 
     def _store_adapter(self, folder: Path, base: BaseModel) -> AdapterFacts:

@@ -122,6 +122,7 @@ def worker(data: Data = None) -> None:
         api_key=key,
         model_revision=settings.model.revision,
         max_lora_rank=settings.engine.max_lora_rank,
+        max_model_len=settings.engine.max_model_len,
         training_threads=settings.worker.training_threads or cpus,
         lease_seconds=settings.worker.lease_seconds,
         poll_seconds=settings.worker.poll_seconds,
