@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -28,9 +28,15 @@ CLIENTS_GIB = 5  #: what the clients' environments take
 LAYERS = {
     "fast": [
         *("-n", "4", "--ignore=tests/tuner/training"),
+        # Importing these takes seconds of each process.
+        *("--ignore=tests/promises", "--ignore=tests/loop"),
+        "--ignore=tests/server/engines/test_cpu_lora.py",
         *("-m", "not engine and not loop and not promises and not clients"),
     ],
-    "training": ["-n", "2", "-m", "not promises", "tests/tuner/training"],
+    "training": [
+        *("-n", "2", "-m", "not promises and not engine", "tests/tuner/training"),
+        "tests/server/engines/test_cpu_lora.py",
+    ],
     "promises": ["-n", "2", "-m", "promises and not engine"],
     "clients": ["-m", "clients"],
     "engine": ["-m", "engine"],
@@ -168,10 +174,18 @@ def run_layer(layer: str) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [PYTHON, "-P", "-m", "pytest", f"--junitxml={report}", *LAYERS[layer]]
-        status = subprocess.run(command, cwd=str(ROOT), check=False).returncode
+        status = subprocess.run(command, cwd=str(ROOT), env=keep_compiled(), check=False).returncode
         text = report.read_text(encoding="utf-8") if report.exists() else ""
     passed, failed, skipped = count(text, status)
     return Outcome(layer, passed, failed, skipped, time.monotonic() - began)
+
+
+def keep_compiled() -> Mapping[str, str]:
+    """The environment, under which Python keeps what it compiles.
+
+    The tests start hundreds of processes, each of which would compile all modules anew.
+    """
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def run_lint() -> Outcome:

@@ -25,7 +25,8 @@ from feedback.recording import record_started
 from feedback.tables import Answer, AnswerStatus
 from server.recorder import Recorder, _Link
 from server.writer import ENDED, FRAME, UNDELIVERED, Report, Writer, ended_json, report_json
-from tests.server.test_recorder import ended, started, until, with_process
+from tests.rows import started_answer
+from tests.server.test_recorder import ended, until, with_process
 
 COMMITS = "commits"
 AWAY = "is away"  #: nothing can be written
@@ -67,7 +68,7 @@ class _Scene:
         self.writer._writing = _Faulty(database, outcomes)
         with database.write() as session:
             person = find_or_create_person(session, "anna").id
-            self.rows = [started(person) for _ in range(3)]
+            self.rows = [started_answer(person) for _ in range(3)]
             record_started(Driver.of(session), self.rows)
         self.sent: set[int] = set()
         self.taken_back: set[int] = set()
@@ -191,7 +192,7 @@ async def test_what_a_writer_had_kept_or_was_to_take_back_when_it_died_is_done_b
     with sqlite_database.write() as session:
         person = find_or_create_person(session, "anna").id
     async with with_process(sqlite_database, tmp_path) as recorder:
-        kept, taken = started(person), started(person)
+        kept, taken = started_answer(person), started_answer(person)
         for row in (kept, taken):
             await recorder.record(row, 10)
         await recorder.record(ended(taken), 10)

@@ -102,13 +102,13 @@ def test_a_message_that_was_sent_in_parts_is_shown_as_text_and_as_parts(
     sqlite_gateway: RunningGateway,
 ) -> None:
     """OpenAI's clients know `content` as a text, and the parts as `content_parts`."""
-    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a tide?"}]
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "a tide?"}]
     with sdk(sqlite_gateway, sqlite_gateway.key("anna")) as client:
         answer = client.chat.completions.create(
             model="assistant", messages=[{"role": "user", "content": parts}]
         )
         [message] = client.chat.completions.messages.list(answer.id)
-    assert message.content == "What is a tide?"
+    assert message.content == "What is\na tide?"
     assert [part.model_dump(exclude_none=True) for part in message.content_parts or ()] == parts
 
 
