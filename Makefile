@@ -17,7 +17,7 @@ serve: env  ## serve: MODEL=<directory or name> HOST=127.0.0.1 PORT=8000 DATA=./
 demo: env  ## the whole loop in one command: chat, judge, tune, promote (about 15 minutes)
 	@exec $(RUN)/burnish demo
 
-test:  ## all: fast, training, promises in small, clients, engine (real vLLM), loop (real model)
+test:  ## all: fast, processes, training, promises in small, clients, engine (real vLLM), loop (real model)
 	@$(PYTHON) tests/layers.py
 
 test-fast:  ## the fast layer alone: no vLLM, no torch

@@ -31,7 +31,11 @@ LAYERS = {
         # Importing these takes seconds of each process.
         *("--ignore=tests/promises", "--ignore=tests/loop"),
         "--ignore=tests/server/engines/test_cpu_lora.py",
-        *("-m", "not engine and not loop and not promises and not clients"),
+        *("-m", "not engine and not loop and not promises and not clients and not processes"),
+    ],
+    "processes": [
+        *("-n", "4", "-m", "processes", "--ignore=tests/tuner/training"),
+        *("--ignore=tests/promises", "--ignore=tests/loop"),
     ],
     "training": [
         *("-n", "2", "-m", "not promises and not engine", "tests/tuner/training"),
@@ -110,7 +114,7 @@ NEEDS = (
     Need(
         "chromium",
         "the pages are not tested in a browser",
-        ["fast"],
+        ["processes"],
         lambda: has_command("chromium"),
         "chromium",
     ),

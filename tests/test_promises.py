@@ -101,6 +101,7 @@ def test_it(figures):
 """
 
 
+@pytest.mark.processes
 def test_a_run_goes_on_where_the_last_one_of_this_commit_was_stopped(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

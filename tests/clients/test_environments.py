@@ -18,6 +18,8 @@ from tests.clients.environments import (
     make,
 )
 
+pytestmark = pytest.mark.processes
+
 ALL = [*CLIENTS.values(), OPEN_WEBUI]
 
 

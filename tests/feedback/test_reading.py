@@ -139,6 +139,7 @@ def test_time_that_is_up_is_named_with_its_setting(endless: Path) -> None:
     assert reader_of(endless) is None
 
 
+@pytest.mark.processes
 def test_memory_that_is_up_is_named_with_its_setting(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -21,6 +21,7 @@ from tests.gateway_fixtures import RunningGateway, start_gateway
 from tests.promises.processes import build_model, engine_process, gateway_process
 
 
+@pytest.mark.processes
 def test_sigterm_lets_streams_finish_and_exits_with_0(tmp_path: Path) -> None:
     base = build_model(tmp_path / "tiny")
     settings = Settings(data=tmp_path / "data", model=ModelSettings(path=str(base.path)))

@@ -137,6 +137,7 @@ def test_answers_of_a_gateway_whose_lock_stays_free_are_ended_after_the_grace(
     ]
 
 
+@pytest.mark.processes
 def test_a_gateway_that_is_killed_is_dead_though_it_could_say_nothing(
     postgres_database: Database, start: Start, clock: Clock
 ) -> None:

@@ -256,6 +256,7 @@ async def test_stopping_writes_what_is_queued(database: Database, tmp_path: Path
     assert statuses(database) == {row.id: "complete"}
 
 
+@pytest.mark.processes
 async def test_the_writer_s_process_writes_and_holds_its_lock_until_it_has(
     database: Database, person: str, tmp_path: Path
 ) -> None:
@@ -273,6 +274,7 @@ async def test_the_writer_s_process_writes_and_holds_its_lock_until_it_has(
         assert statuses(database) == dict.fromkeys([row.id for row in rows], "complete")
 
 
+@pytest.mark.processes
 @ON_SQLITE
 async def test_after_the_death_of_the_writer_another_one_writes_what_was_sent_and_what_comes(
     database: Database, person: str, tmp_path: Path
@@ -304,6 +306,7 @@ async def test_after_the_death_of_the_writer_another_one_writes_what_was_sent_an
         }
 
 
+@pytest.mark.processes
 @ON_SQLITE
 async def test_an_end_that_nobody_waits_for_any_more_is_owed_too_when_the_writer_dies(
     database: Database, person: str, tmp_path: Path
@@ -335,6 +338,7 @@ async def test_an_end_that_stops_waiting_just_when_the_next_writer_is_there_is_w
     await until(lambda: statuses(database) == {row.id: "interrupted"})
 
 
+@pytest.mark.processes
 @ON_SQLITE
 async def test_an_end_that_is_taken_back_while_there_is_no_writer_is_taken_back_by_the_next(
     database: Database, person: str, tmp_path: Path
@@ -364,6 +368,7 @@ async def test_after_its_end_a_recorder_refuses_at_once_and_says_what_it_lost(
     assert "Ends of answers may be lost" in caplog.text
 
 
+@pytest.mark.processes
 async def test_a_writer_that_is_far_behind_gets_no_new_answers(
     database: Database, person: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +383,7 @@ async def test_a_writer_that_is_far_behind_gets_no_new_answers(
         os.kill(recorder.process.pid, signal.SIGCONT)
 
 
+@pytest.mark.processes
 @ON_SQLITE
 async def test_a_start_that_nobody_waits_for_any_more_is_not_sent_to_a_writer_that_is_behind(
     database: Database, person: str, tmp_path: Path

@@ -31,6 +31,8 @@ from server.children import (
 from server.settings import EngineSettings, GatewaySettings, Settings
 from server.supervisor import SupervisorError, child_environment, sole_supervisor
 
+pytestmark = pytest.mark.processes
+
 STANDIN = """
 import json, os, signal, sys
 from pathlib import Path

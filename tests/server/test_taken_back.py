@@ -28,6 +28,8 @@ from server.writer import ENDED, FRAME, UNDELIVERED, Report, Writer, ended_json,
 from tests.rows import started_answer
 from tests.server.test_recorder import ended, until, with_process
 
+pytestmark = pytest.mark.processes
+
 COMMITS = "commits"
 AWAY = "is away"  #: nothing can be written
 BREAKS = "breaks after COMMIT"  #: it is committed, and the writer is not told

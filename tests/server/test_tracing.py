@@ -265,6 +265,7 @@ def test_a_broken_traceparent_begins_a_trace(
         assert answering.parent is None
 
 
+@pytest.mark.processes
 def test_without_the_setting_opentelemetry_is_not_imported() -> None:
     script = (
         "import sys, server.app, server.gateway, server.tracing\n"
@@ -362,6 +363,7 @@ def test_spans_travel_by_otlp_to_where_the_environment_says(
     assert SECRET.encode() not in request.SerializeToString()
 
 
+@pytest.mark.processes
 def test_a_collector_that_hangs_holds_neither_answers_nor_the_end(
     sqlite_database: Database, gateway_engine: FakeEngine, collector: Collector, tmp_path: Path
 ) -> None:

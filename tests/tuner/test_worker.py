@@ -872,6 +872,7 @@ run_worker(WorkerOptions(**options))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_told_to_stop_gives_its_job_back_and_ends_its_child(
     home: Home, sent: signal.Signals
@@ -897,6 +898,7 @@ def test_a_worker_told_to_stop_gives_its_job_back_and_ends_its_child(
         os.kill(child, 0)
 
 
+@pytest.mark.processes
 def test_the_job_of_a_killed_worker_goes_on_and_never_beside_the_old_trainer(home: Home) -> None:
     job = home.tune()
     options = {

@@ -12,6 +12,8 @@ import pytest
 
 from tests.promises.processes import build_model, engine_process, gateway_process
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -18,6 +18,8 @@ from server.engines.fake import FakeEngine
 from server.engines.fake.faults import Faults
 from tests.gateway_fixtures import RunningGateway
 
+pytestmark = pytest.mark.processes
+
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script> **not bold** &amp;"
 WATCH = """
 window.violations = [];
