@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import logging
 import socket
 import struct
 import time
@@ -26,6 +26,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from server.errors import envelope
 from server.metrics import Counter
 from server.settings import GatewaySettings
+
+logger = logging.getLogger(__name__)
 
 MOST_HEAD_BYTES = 16 * 1024
 MOST_PIPELINED = 16  #: requests of one connection that wait for the answer to an earlier one
@@ -54,6 +56,10 @@ class _Phase(Enum):
     CLOSING = auto()  #: that the last bytes are taken
 
 
+_AT_WORK = (_Phase.BODY, _Phase.ANSWER)
+"""Phases in which a request keeps its connection's place."""
+
+
 class Bounds:
     """The bounds of all connections of one server, and which connections there are."""
 
@@ -61,7 +67,7 @@ class Bounds:
         self.settings = settings
         self._ended = ended
         self._open: set[BoundedHttpProtocol] = set()
-        #: those of which no request has come whole, the one that waits longest first
+        #: those that have no request at work, the one that has waited longest first
         self._waiting: dict[BoundedHttpProtocol, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         shortest = min(
@@ -79,13 +85,14 @@ class Bounds:
     def admit(self, connection: BoundedHttpProtocol) -> bool:
         """Whether there is a place for one more.
 
-        Where there is none, the connection that has waited longest for its request gives up its
-        own. So those that send nothing, or half a head, keep nobody out, however many they are; all
-        others have shown a key, or are answered at once. There is no limit for one address: behind
-        a proxy all come from one.
+        Where there is none, a connection gives up its own: the one that has waited longest without
+        a request at work, or else the one whose client has left a reply unread longest. So those
+        that send nothing, half a head, or half a body that is answered already, and those that read
+        nothing keep nobody out, however many they are; all others have shown a key, or are answered
+        at once. There is no limit for one address: behind a proxy all come from one.
         """
         if len(self._open) >= self.settings.max_connections:
-            displaced = next(iter(self._waiting), None)
+            displaced = self._find_displaceable()
             if displaced is None:
                 self.count("refused")
                 return False
@@ -97,9 +104,19 @@ class Bounds:
             self._look_later(connection.loop)
         return True
 
+    def _find_displaceable(self) -> BoundedHttpProtocol | None:
+        """The connection that loses least: nothing, or else a reply that nobody takes."""
+        for connection in self._waiting:
+            if not connection.transport.get_write_buffer_size():
+                return connection
+        paused = (connection for connection in self._open if connection.flow.write_paused)
+        unread = {*self._waiting, *paused}
+        return min(unread, key=lambda connection: connection.unread_since, default=None)
+
     def wait(self, connection: BoundedHttpProtocol) -> None:
-        """It waits for a request from now on."""
-        self._waiting[connection] = None
+        """It has no request at work from now on."""
+        if connection in self._open:
+            self._waiting.setdefault(connection)
 
     def work(self, connection: BoundedHttpProtocol) -> None:
         """A request of it is being read or answered."""
@@ -119,11 +136,18 @@ class Bounds:
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         now = time.monotonic()
-        for connection in list(self._open):
-            connection.look(now)
         self._timer = None
-        if self._open:
-            self._look_later(loop)
+        try:
+            for connection in list(self._open):
+                try:
+                    connection.look(now)
+                except Exception:
+                    logger.exception(
+                        "Connection not looked at", extra={"action": "connection_look_failed"}
+                    )
+        finally:
+            if self._open:
+                self._look_later(loop)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -138,7 +162,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._phase = _Phase.HEAD
         self._since = time.monotonic()  #: when the phase began
         self._body_bytes = 0  #: received of the body since then
-        self._stalled_since = 0.0  #: while writing is paused
+        self._stalled_since = 0.0  #: while writing is paused, or the connection closes
         self._left_bytes = 0  #: what was to be written then
         self._head_bytes = 0  #: of this request, as far as the parser has told
         self._untold_bytes = 0  #: received since a head was complete, or a piece of a body came
@@ -150,7 +174,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self._bounds.admit(self):
-            self._bounds.wait(self)
+            self._enter(_Phase.HEAD)
         else:
             most = self._bounds.settings.max_connections
             self._refuse(
@@ -231,7 +255,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise _TooManyRequests
         self._enter(_Phase.BODY)
         self._body_bytes = 0
-        self._bounds.work(self)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -246,7 +269,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._wait()
         else:
-            self._phase = _Phase.ANSWER
+            self._enter(_Phase.ANSWER)
         super().on_message_complete()
 
     def _count(self, told: int) -> None:
@@ -274,14 +297,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _wait(self) -> None:
         """For the next request, of which something may be here already."""
         self._enter(_Phase.HEAD if self._untold_bytes else _Phase.IDLE)
-        self._bounds.wait(self)
 
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
         self._since = time.monotonic()
+        if phase in _AT_WORK:
+            self._bounds.work(self)
+        else:
+            self._bounds.wait(self)
+        if phase is _Phase.CLOSING and not self.flow.write_paused:
+            self._watch_taking()
+
+    @property
+    def unread_since(self) -> float:
+        """Since when what waits for the client has not been taken."""
+        is_watched = self.flow.write_paused or self._phase is _Phase.CLOSING
+        return self._stalled_since if is_watched else self._since
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._watch_taking()
+
+    def _watch_taking(self) -> None:
+        """From now on the client has to take what waits for it."""
         self._stalled_since = time.monotonic()
         self._left_bytes = self.transport.get_write_buffer_size()
 
@@ -291,7 +329,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             if self._phase is not _Phase.CLOSING:
                 self._enter(_Phase.CLOSING)
-            elif waited > settings.write_timeout_seconds:
+            elif self._has_stalled(now, settings.write_timeout_seconds):
                 self._abort("write_timeout")
         elif self.flow.write_paused and self._has_stalled(now, settings.write_timeout_seconds):
             self._abort("write_timeout")
@@ -341,10 +379,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _abort(self, reason: str) -> None:
         """Let go of all that was to be written, here and in the kernel."""
         self._bounds.count(reason)
-        file = self.transport.get_extra_info("socket").fileno()
-        with socket.socket(fileno=os.dup(file)) as same:
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
+        try:
+            # The file stays the transport's: a number of its own might not be had any more.
+            same = socket.socket(fileno=self.transport.get_extra_info("socket").fileno())
+            try:
+                same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            finally:
+                same.detach()
+        finally:
+            self.transport.abort()
 
     def _close(self) -> None:
         self._enter(_Phase.CLOSING)

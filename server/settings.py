@@ -240,7 +240,7 @@ class GatewaySettings(Section):
     max_connections: int = Field(
         default=1000,
         ge=1,
-        description="Connections at once; one that waits gives way to a new one.",
+        description="Connections at once; one that waits or reads nothing gives way.",
     )
     head_timeout_seconds: float = Field(
         default=10.0, gt=0, description="Longest time for a request line and headers."
@@ -249,7 +249,9 @@ class GatewaySettings(Section):
         default=30.0, gt=0, description="Time for a body, beside 1 s for each KiB of it."
     )
     write_timeout_seconds: float = Field(
-        default=60.0, gt=0, description="Then a client that takes nothing of its reply is ended."
+        default=60.0,
+        gt=0,
+        description="Then a client that takes under 1 KiB/s of its reply is ended.",
     )
     keep_alive_timeout_seconds: float = Field(
         default=75.0, gt=0, description="How long a connection is kept for a next request."

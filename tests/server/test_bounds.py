@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 from sqlalchemy import select as select_rows
+from uvicorn.server import ServerState
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.bounds import MOST_HEAD_BYTES
+from server.bounds import MOST_HEAD_BYTES, BoundedHttpProtocol, Bounds
 from server.engines.fake import FakeEngine, Faults
+from server.metrics import Counter
+from server.settings import GatewaySettings
 from tests.gateway_fixtures import RunningGateway, start_gateway
 
 
@@ -361,3 +368,139 @@ def test_a_connection_beyond_the_busy_ones_is_told_to_try_again(
         for busy in (first, second):
             assert b"data: [DONE]" in read_all(busy)
         assert running.client().get("/healthz").status_code == 200
+
+
+# One protocol on a transport whose client takes what the test says
+
+
+class Unread(asyncio.Transport):
+    """A connection of which the test says how much was taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = 0  #: bytes that the client has not taken
+        self.closing = self.aborted = False
+
+    def write(self, data: Any) -> None:
+        self.left += len(data)
+
+    def get_write_buffer_size(self) -> int:
+        return self.left
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.closing = self.aborted = True
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+async def says_hello(_scope: Any, _receive: Any, send: Any) -> None:
+    headers = [(b"content-length", b"5")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+def build_bounds(**settings: Any) -> Bounds:
+    return Bounds(GatewaySettings(**settings), Counter("reason"))
+
+
+async def connect(bounds: Bounds, *sent: bytes) -> BoundedHttpProtocol:
+    """A connection that has sent this, after the gateway did what it can do about it."""
+    config = uvicorn.Config(says_hello, log_config=None)
+    protocol: BoundedHttpProtocol = bounds.protocol()(config, ServerState(), {})
+    protocol.connection_made(Unread())
+    for piece in sent:
+        protocol.data_received(piece)
+        for _ in range(5):
+            await asyncio.sleep(0)
+    return protocol
+
+
+def transport_of(connection: BoundedHttpProtocol) -> Unread:
+    transport = connection.transport
+    assert isinstance(transport, Unread)
+    return transport
+
+
+HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n"
+LAST = START + b"connection: close\r\n\r\n"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("sent", [HALF_A_BODY, LAST, START + b"\r\n"])
+async def test_who_was_answered_without_a_key_keeps_nobody_out(sent: bytes) -> None:
+    bounds = build_bounds(max_connections=1)
+    held = await connect(bounds, sent)
+    assert transport_of(held).left
+    assert not transport_of(held).aborted
+    assert not transport_of(await connect(bounds)).left
+    assert transport_of(held).aborted
+
+
+@pytest.mark.anyio
+async def test_who_asks_on_and_reads_nothing_keeps_nobody_out() -> None:
+    bounds = build_bounds(max_connections=2)
+    longest, other = [await connect(bounds, START + b"\r\n") for _ in range(2)]
+    for connection in (longest, other):
+        connection.pause_writing()
+        connection.data_received(START + b"\r\n")
+        await asyncio.sleep(0)
+    await connect(bounds)
+    assert [transport_of(held).aborted for held in (longest, other)] == [True, False]
+    for connection in (longest, other):
+        connection.connection_lost(None)
+
+
+@pytest.mark.anyio
+async def test_a_reply_on_its_way_is_cut_off_only_where_each_place_has_one() -> None:
+    bounds = build_bounds(max_connections=2)
+    first, second = [await connect(bounds, START + b"\r\n") for _ in range(2)]
+    transport_of(second).left = 0
+    await connect(bounds, START + b"\r\n")
+    assert [transport_of(held).aborted for held in (first, second)] == [False, True]
+    await connect(bounds)
+    assert transport_of(first).aborted
+
+
+@pytest.mark.anyio
+async def test_a_last_reply_that_is_taken_steadily_is_taken_whole() -> None:
+    bounds = build_bounds(write_timeout_seconds=10)
+    connection = await connect(bounds)
+    transport = transport_of(connection)
+    transport.left = 10_000_000  # of an earlier reply
+    connection.data_received(LAST)
+    while not transport.closing:
+        await asyncio.sleep(0)
+    now = time.monotonic()
+    for _ in range(5):
+        transport.left -= 20_000
+        connection.look(now := now + 11)
+        assert not transport.aborted
+    with pytest.raises(AttributeError):  # it has no socket to tell
+        connection.look(now + 11)
+    assert transport.aborted
+
+
+@pytest.mark.anyio
+async def test_a_look_that_fails_ends_no_bound(caplog: pytest.LogCaptureFixture) -> None:
+    bounds = build_bounds(head_timeout_seconds=0.01)
+    broken, other = await connect(bounds), await connect(bounds)
+    closed = asyncio.Event()
+    broken.look = lambda now: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    other.look = lambda now: closed.set()  # type: ignore[method-assign]
+    for _ in range(2):
+        async with asyncio.timeout(30):
+            await closed.wait()
+        closed.clear()
+    assert {record.action for record in caplog.records} == {"connection_look_failed"}  # type: ignore[attr-defined]
+    for connection in (broken, other):
+        connection.connection_lost(None)
