@@ -9,10 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+_BEGINS = re.compile(rb'\{"id": "(\w+)"')
+"""How a letter begins, by which half a one is known."""
 
 
 def add_letter(path: Path, end: Mapping[str, Any]) -> None:
@@ -20,8 +24,21 @@ def add_letter(path: Path, end: Mapping[str, Any]) -> None:
     letter = dict(end) if end.get("stored", True) else {**end, "choices": [], "reasoning": None}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path, os.O_CREAT) as file:
-        file.seek(0, os.SEEK_END)
-        file.write(json.dumps(letter, default=str).encode() + b"\n")
+        _append_line(file.fileno(), json.dumps(letter, default=str).encode())
+
+
+def _append_line(file: int, line: bytes) -> None:
+    """All of it or nothing: half a letter would spoil the next one too."""
+    size = os.lseek(file, 0, os.SEEK_END)
+    # A process that was killed, or a person, may have left a last line without its end.
+    begins_line = not size or os.pread(file, 1, size - 1) == b"\n"
+    left = memoryview((b"" if begins_line else b"\n") + line + b"\n")
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+    except BaseException:
+        os.ftruncate(file, size)
+        raise
 
 
 def remove_letters(path: Path, find_gone: Callable[[set[str]], set[str]]) -> int:
@@ -46,7 +63,8 @@ def _id_of(line: bytes) -> str | None:
     try:
         return str(json.loads(line)["id"])
     except (ValueError, KeyError, TypeError):
-        return None  # somebody's note, or half a letter: not ours to remove
+        begun = _BEGINS.match(line)  # of a process that was killed
+        return begun[1].decode() if begun else None  # somebody's note is not ours to remove
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,29 @@ def test_letters_that_come_while_others_are_removed_are_kept(tmp_path: Path) -> 
     add_letter(letters, {"id": "d"})
     assert [json.loads(line)["id"] for line in letters.read_text().splitlines()] == ["b", "d"]
     assert letters.stat().st_mode & 0o777 == 0o600
+
+
+def test_half_a_letter_spoils_no_other_and_goes_with_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = tmp_path / "letters.jsonl"
+    add_letter(letters, {"id": "a"})
+    with monkeypatch.context() as full_disk:
+        write = os.write
+
+        def write_half(file: int, left: memoryview) -> int:
+            full_disk.setattr(os, "write", refuse)
+            return write(file, left[: len(left) // 2])
+
+        def refuse(_file: int, _left: memoryview) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full_disk.setattr(os, "write", write_half)
+        with pytest.raises(OSError, match="No space"):
+            add_letter(letters, {"id": "b", "choices": [CANARY]})
+    assert letters.read_text() == '{"id": "a"}\n'
+    with letters.open("a") as killed:
+        killed.write('{"id": "c", "choices": ["' + CANARY)
+    add_letter(letters, {"id": "d"})
+    assert remove_letters(letters, lambda ids: ids & {"c"}) == 1
+    assert letters.read_text() == '{"id": "a"}\n{"id": "d"}\n'
