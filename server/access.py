@@ -151,11 +151,23 @@ def append_audit(
     session: Session, caller: Caller, action: str, subject: str, **details: Any
 ) -> None:
     """Write down what the caller did; it stands with the transaction that did it."""
+    append_audit_of(session, caller.key.user, caller.key.id, action, subject, details)
+
+
+def append_audit_of(
+    session: Session,
+    actor: str,
+    key_id: str | None,
+    action: str,
+    subject: str,
+    details: dict[str, Any],
+) -> None:
+    """Write down what `actor` did, with that key; details that are too long are abridged."""
     audit.append(
         session,
-        actor=caller.key.user,
-        key_id=caller.key.id,
-        made_by=list_makers(session, caller.key.id),
+        actor=actor,
+        key_id=key_id,
+        made_by=list_makers(session, key_id),
         action=action,
         subject=subject,
         details=_abridge(details),
@@ -165,7 +177,8 @@ def append_audit(
 def _abridge(details: dict[str, Any]) -> dict[str, Any]:
     """`details` as an entry has room for them: of the longest the beginning, its length and hash.
 
-    What a caller may set can be longer than what the log keeps of it: many aliases, a policy.
+    What a caller may set can be longer than what the log keeps of it: many aliases, a policy, a
+    note; so can the proofs of many engines.
     """
     kept = dict(details)
     texts = {name: canonical_json(value) for name, value in details.items()}

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from feedback import audit
 from feedback.db import now
 from feedback.errors import BadRequest, Conflict, NotFound
-from server.auth import list_makers
+from server.access import append_audit_of
 from server.engines.fleet import Unfit
 from server.engines.proof import Outcome, Proof
 from server.gateway import Gateway
@@ -197,13 +196,7 @@ def _load(gateway: Gateway, name: str) -> ReleaseView:
 def _mark_failed(gateway: Gateway, name: str, reason: str) -> None:
     with gateway.database.write() as session:
         releases.mark_failed(session, name, reason)
-        audit.append(
-            session,
-            actor="gateway",
-            action="release_failed",
-            subject=name,
-            details={"reason": reason},
-        )
+        append_audit_of(session, "gateway", None, "release_failed", name, {"reason": reason})
 
 
 def _mark_unproven(
@@ -229,25 +222,18 @@ def _commit_promotion(
             session, deployment, release.number, expected_generation=generation
         )
         evaluation = releases.newest_evaluation(session, release.name)
-        audit.append(
-            session,
-            actor=move.actor,
-            key_id=move.key_id,
-            made_by=list_makers(session, move.key_id),
-            action="promote",
-            subject=release.name,
-            details={
-                "deployment": deployment,
-                "from": f"{deployment}@{before}",
-                "generation": row.generation,
-                "note": move.note,
-                "force": move.force,
-                "evaluation": None if evaluation is None else evaluation.id,
-                "decision": None if evaluation is None else evaluation.decision,
-                "adapter_hash": release.adapter_hash,
-                "proofs": {engine: proof.as_details() for engine, proof in proofs.items()},
-            },
-        )
+        details: dict[str, Any] = {
+            "deployment": deployment,
+            "from": f"{deployment}@{before}",
+            "generation": row.generation,
+            "note": move.note,
+            "force": move.force,
+            "evaluation": None if evaluation is None else evaluation.id,
+            "decision": None if evaluation is None else evaluation.decision,
+            "adapter_hash": release.adapter_hash,
+            "proofs": {engine: proof.as_details() for engine, proof in proofs.items()},
+        }
+        append_audit_of(session, move.actor, move.key_id, "promote", release.name, details)
         return row
 
 
@@ -259,19 +245,14 @@ def _commit_rollback(gateway: Gateway, deployment: str, move: Move) -> Deploymen
         )
         was = before.production
         row = releases.swap_back(session, deployment, expected_generation=expected)
-        audit.append(
-            session,
-            actor=move.actor,
-            key_id=move.key_id,
-            made_by=list_makers(session, move.key_id),
-            action="rollback",
-            subject=f"{deployment}@{row.production}",
-            details={
-                "deployment": deployment,
-                "from": f"{deployment}@{was}",
-                "generation": row.generation,
-                "note": move.note,
-            },
+        details: dict[str, Any] = {
+            "deployment": deployment,
+            "from": f"{deployment}@{was}",
+            "generation": row.generation,
+            "note": move.note,
+        }
+        append_audit_of(
+            session, move.actor, move.key_id, "rollback", f"{deployment}@{row.production}", details
         )
         return row
 

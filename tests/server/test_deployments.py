@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from feedback import audit
 from feedback.errors import AppError, Conflict
 from feedback.tables import Answer
 from server import deployments
@@ -298,3 +299,16 @@ def test_a_release_that_is_loaded_and_not_yet_proven_answers_nobody(
         PROBE,
         PROBE,
     ]
+
+
+def test_a_note_that_is_long_in_the_log_moves_a_release_all_the_same(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    note = "\x01" * 2000
+    sqlite_gateway.promote(sqlite_gateway.candidate(1).name, note=note)
+    move = Move(actor="admin", note=note)
+    sqlite_gateway.run(deployments.rollback(sqlite_gateway.gateway, "assistant", move))
+    with sqlite_gateway.database.read() as session:
+        newest = audit.list_entries(session, limit=2)[0]
+    assert [entry.action for entry in newest] == ["rollback", "promote"]
+    assert all(entry.details["note"]["characters"] > len(note) for entry in newest)
