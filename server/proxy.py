@@ -56,6 +56,8 @@ from server.tracing import CLIENT_LEFT, Trace
 logger = logging.getLogger(__name__)
 
 LARGEST_REPLY = 64 * 1024 * 1024
+LARGEST_STREAM = 4 * LARGEST_REPLY  #: of the engine's bytes; each token is an event there
+END_SECONDS = 1.0  #: that a stream has to end its body after its last event, for a kept connection
 SHUTTING_DOWN = "shutting_down"  #: the code of an error, and of an answer that it ended
 WATCH_AFTER_SECONDS = 0.1  #: a client that leaves is noticed from then on
 
@@ -294,7 +296,13 @@ class Relay:
                 raise fault
             logger.warning(
                 "Asking another engine",
-                extra={"action": "answer_retried", "engine": member.id, "error": fault.message},
+                # Not the message: an engine's own words may repeat the prompt.
+                extra={
+                    "action": "answer_retried",
+                    "engine": member.id,
+                    "code": fault.code,
+                    "status": fault.status,
+                },
             )
             member = another
             self._forget()
@@ -369,33 +377,48 @@ class Relay:
     async def _relay_stream(self, reply: EngineReply, client: Reply) -> None:
         """Pass events on as they arrive;
 
-        hold the last `finish_reason` and all after it until it is committed.
+        hold the last `finish_reason` and all after it until it is committed. Once that is there, an
+        engine has its longest silence for the rest, and does not hold the client by comments.
         """
         passed = bytearray()
         held: list[bytes] = []
-        done = False
-        events = Events()
-        async for piece in reply.body:
-            fault: AppError | None = None
-            for event in events.split(piece):
-                done = done or event == DONE
-                try:
-                    renamed = self._hear(event)
-                except AppError as error:
-                    fault = error  # what came before it in the same piece is still the client's
-                    break
-                if held or len(self._heard.finish) >= self._exchange.n:
-                    held.append(renamed)
-                else:
-                    passed += renamed
-            if passed and self._heard.first_token_at is not None:
-                if not client.begun:
-                    self._times.first_token = time.perf_counter()
-                    await client.start(200, _STREAM_HEADERS)
-                await client.send(bytes(passed), more=True)
-                passed.clear()
-            if fault is not None:
-                raise fault
+        done, length = False, 0
+        events, loop = Events(), asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as end:
+                async for piece in reply.body:
+                    if done:
+                        continue  # only its body's end is waited for: the connection is kept then
+                    fault: AppError | None = None
+                    length += len(piece)
+                    if length > LARGEST_STREAM:
+                        raise EngineFault(f"the engine's stream passes {LARGEST_STREAM} bytes")
+                    for event in events.split(piece):
+                        done = done or event == DONE
+                        try:
+                            renamed = self._hear(event)
+                        except AppError as error:
+                            fault = error  # what came before it is still the client's
+                            break
+                        if held or len(self._heard.finish) >= self._exchange.n:
+                            held.append(renamed)
+                        else:
+                            passed += renamed
+                    if passed and self._heard.first_token_at is not None:
+                        if not client.begun:
+                            self._times.first_token = time.perf_counter()
+                            await client.start(200, _STREAM_HEADERS)
+                        await client.send(bytes(passed), more=True)
+                        passed.clear()
+                    if fault is not None:
+                        raise fault
+                    if done:
+                        end.reschedule(loop.time() + END_SECONDS)
+                    elif held and end.when() is None:
+                        end.reschedule(loop.time() + self._engine_timeout)
+        except TimeoutError:
+            if not end.expired():
+                raise
         if not self._heard.texts:
             raise EngineFault("the engine answered 200 with a stream that holds no completion")
         if not done or len(self._heard.finish) < self._exchange.n:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Literal, NotRequired
 
 from fastapi import APIRouter, Response
 from typing_extensions import TypedDict
 
+from server.engines.reasons import in_public
 from server.gateway import Gateway
 from server.sessions import GatewayDep
 
 router = APIRouter(tags=["health"])
-
-_PLACE = re.compile(r"\w+://\S+|\[[0-9a-fA-F:.]+\](:\d+)?|\d+(\.\d+){3}(:\d+)?|[\w.-]+:\d{2,5}\b")
-"""Addresses in what the supervisor says of its child: nobody who asks without a key needs them."""
 
 
 class Alive(TypedDict):
@@ -72,7 +69,7 @@ def _why_not(gateway: Gateway) -> tuple[Literal["loading", "failed", "stopping"]
         engine = state["children"]["engine"]
     except (OSError, ValueError, KeyError, TypeError):
         engine = None
-    why = _PLACE.sub("…", str((engine or {}).get("reason") or "see its log"))
+    why = in_public(str((engine or {}).get("reason") or "see its log"))
     if engine is not None and engine.get("state") == "failed":
         return "failed", f"the engine does not start: {why}"
     if engine is not None and engine.get("state") == "backoff":

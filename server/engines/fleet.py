@@ -33,6 +33,7 @@ from server.engines.base import (
     EngineUnreachable,
 )
 from server.engines.proof import Outcome, Proof, judge
+from server.engines.reasons import in_public
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,13 @@ T = TypeVar("T")
 
 TOOLS_SECONDS = 5.0  #: longest wait for an engine to say whether it calls tools
 RETRY_SECONDS = 15.0
-"""Pause before a release that an engine could not restore is tried there again."""
+"""Pause before a release that an engine could not restore is tried there again, and before it is
+asked again what it did not tell.
+"""
 
 MOST_REFUSED = 256  #: releases that are remembered as unfit for pins
 
 MOST_EXPLAINED = 3  #: engines whose state a 503 tells; `readyz` lists them all
-MOST_REASON_CHARACTERS = 200  #: of each of these
 
 LOOK_PAUSE_SECONDS = 0.1
 """Pause between two looks at an engine on which requests keep failing."""
@@ -86,9 +88,11 @@ class Member:
 
     engine: Engine
     status: EngineStatus = EngineStatus.LOADING
-    reason: str = "not reached yet"
+    reason: str = "not reached yet"  #: for everybody to read: `in_public`
     boot_id: str | None = None
-    parses_tools: bool | None = None  #: None: not asked yet
+    parses_tools: bool | None = None  #: None: not known yet
+    tools_asked: asyncio.Task[None] | None = None  #: the question, which all who wait share
+    tools_retry_at: float = 0.0  #: when it may be asked again, where it had no answer
     loaded: OrderedDict[str, Proof | None] = field(default_factory=OrderedDict)
     """Adapters by engine name, least recently used first; the proof is None until there is one."""
     running: dict[str, int] = field(default_factory=dict)
@@ -252,7 +256,7 @@ class Fleet:
         if not self.members:
             return "no engine is there yet; it is starting or none is configured"
         states = [
-            f"{member.id} is {member.status}: {member.reason[:MOST_REASON_CHARACTERS]}"
+            f"{member.id} is {member.status}: {member.reason}"
             for member in islice(self.members.values(), MOST_EXPLAINED)
         ]
         if len(self.members) > MOST_EXPLAINED:
@@ -275,16 +279,30 @@ class Fleet:
         return False if False in found else None if None in found or not found else True
 
     async def _parses_tools(self, member: Member) -> bool | None:
-        if member.parses_tools is None:
-            boot_id = member.boot_id
-            try:
-                async with asyncio.timeout(TOOLS_SECONDS):
-                    found = await member.engine.parses_tools(self.base_name)
-            except (EngineError, TimeoutError):
-                return None
-            if member.boot_id == boot_id:
-                member.parses_tools = found
+        if member.parses_tools is None and member.tools_retry_at <= self._monotonic():
+            if member.tools_asked is None or member.tools_asked.done():
+                member.tools_asked = asyncio.create_task(self._ask_for_tools(member))
+            await asyncio.wait([member.tools_asked])
         return member.parses_tools
+
+    async def _ask_for_tools(self, member: Member) -> None:
+        boot_id = member.boot_id
+        found = None
+        try:
+            async with asyncio.timeout(TOOLS_SECONDS):
+                found = await member.engine.parses_tools(self.base_name)
+        except (EngineError, TimeoutError) as error:
+            logger.info(
+                "Engine does not tell whether it calls tools",
+                extra={
+                    "action": "tools_unknown",
+                    "engine": member.id,
+                    "reason": str(error) or type(error).__name__,
+                },
+            )
+        if member.boot_id == boot_id:
+            member.parses_tools = found
+            member.tools_retry_at = self._monotonic() + RETRY_SECONDS
 
     async def prepare(self, release: Weights, *, tolerate_noise: bool = False) -> dict[str, Proof]:
         """Load `release` on every ready engine and prove it there; proofs by engine id.
@@ -533,7 +551,8 @@ class Fleet:
     async def hold_evaluation_slot(self, release: Weights, token: str, seconds: float) -> Lease:
         """Load and prove `release`, and keep it for `seconds` unless the lease is renewed.
 
-        Raises Conflict when another release is under evaluation.
+        Raises NotReady when another release is under evaluation, or none can load this one, and
+        Unfit when an engine does not answer with it.
         """
         self._drop_expired_leases()
         other = next(
@@ -661,12 +680,12 @@ class Fleet:
         if fault is not None:
             if member.status is EngineStatus.READY:
                 self._fail(member, f"it does not answer its health check: {fault}")
-            elif member.status is EngineStatus.LOADING and member.reason != fault:
+            elif member.status is EngineStatus.LOADING and member.reason != in_public(fault):
                 logger.info(
                     "Engine is not there yet",
                     extra={"action": "engine_awaited", "engine": member.id, "reason": fault},
                 )
-                member.reason = fault
+                member.reason = in_public(fault)
             return
         boot_id = await member.engine.boot_id()
         if boot_id != member.boot_id:
@@ -685,7 +704,7 @@ class Fleet:
             await self._check_prompts(member)
             member.status, member.reason = EngineStatus.LOADING, "restoring its adapters"
             member.boot_id, member.may_have_forgotten = boot_id, False
-            member.parses_tools = None
+            member.parses_tools, member.tools_retry_at = None, 0.0
             member.base_figures.clear()
             member.retry_at.clear()
             member.problems.clear()
@@ -742,21 +761,21 @@ class Fleet:
                 await self._ensure(member, release)
             except (Unfit, NotReady) as error:
                 member.retry_at[release.name] = self._monotonic() + RETRY_SECONDS
-                member.problems[release.name] = str(error)
+                member.problems[release.name] = in_public(str(error))
                 logger.error(
                     "Release not restored",
                     extra={
                         "action": "restore_failed",
                         "engine": member.id,
                         "release": release.name,
+                        "reason": str(error),
                     },
                 )
             else:
                 member.retry_at.pop(release.name, None)
                 member.problems.pop(release.name, None)
-        member.reason = "; ".join(
-            text for name, text in member.problems.items() if name in releases
-        )
+        problems = [text for name, text in member.problems.items() if name in releases]
+        member.reason = in_public("; ".join(problems))
         missing = [r for r in required.values() if not self._has(member, r)]
         if missing:
             member.status = EngineStatus.FAILED
@@ -779,7 +798,7 @@ class Fleet:
                 "Engine failed",
                 extra={"action": "engine_failed", "engine": member.id, "reason": reason},
             )
-        member.status, member.reason = EngineStatus.FAILED, reason
+        member.status, member.reason = EngineStatus.FAILED, in_public(reason)
         member.may_have_forgotten = True
 
     async def close(self) -> None:
@@ -789,9 +808,10 @@ class Fleet:
 
 async def _dismiss(member: Member) -> None:
     """End what goes on with an engine that is followed no longer."""
-    if member.look is not None:
-        member.look.cancel()
-        await asyncio.gather(member.look, return_exceptions=True)
+    for task in (member.look, member.tools_asked):
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
     await member.engine.close()
 
 

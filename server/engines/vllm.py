@@ -113,7 +113,8 @@ class VllmEngine:
         """Whether the server was started with a tool parser, for which there is no question.
 
         So it is asked for what it always refuses, several greedy choices: without a parser it says
-        so before it gets to that, and nothing is generated either way.
+        so before it gets to that, and nothing is generated either way. Raises EngineError where it
+        says anything else.
         """
         function = {"name": "nothing", "parameters": {"type": "object", "properties": {}}}
         body = {
@@ -128,6 +129,8 @@ class VllmEngine:
         try:
             await self._call("POST", "/v1/chat/completions", body)
         except EngineRefused as refused:
+            if refused.status != 400:
+                raise
             return "--enable-auto-tool-choice" not in refused.message
         return True
 

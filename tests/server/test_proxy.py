@@ -17,6 +17,7 @@ from feedback.db import Database, new_id
 from feedback.people import find_or_create_person
 from feedback.recording import StartedAnswer
 from feedback.tables import Answer, AnswerStatus, AnswerText
+from server import proxy
 from server.engines.base import EngineReply
 from server.engines.fleet import Fleet
 from server.heard import DONE
@@ -35,7 +36,7 @@ def event(text: str, finish: str | None = None) -> bytes:
 
 
 class OneEngine:
-    """A fleet of one engine that says `events`, and then `ends` or is silent."""
+    """A fleet of one engine that says `events`, and then `ends` or only comments for ever."""
 
     integrity_errors = 0
 
@@ -43,6 +44,12 @@ class OneEngine:
         self._events = events
         self._ends = ends
         self.is_silent = asyncio.Event()
+
+    def suspect(self, _member: Any, _reason: str) -> None:
+        pass
+
+    def find_another(self, _engine_name: str, _than: Any) -> None:
+        return None
 
     def choose(self, _engine_name: str) -> Any:
         return SimpleNamespace(id="engine-0", engine=self)
@@ -57,8 +64,9 @@ class OneEngine:
             for one in self._events:
                 yield one
             self.is_silent.set()
-            if not self._ends:
-                await asyncio.Event().wait()
+            while not self._ends:
+                await asyncio.sleep(0.01)
+                yield b": ping\n\n"
 
         yield EngineReply(200, {}, body())
 
@@ -92,7 +100,11 @@ async def recorder(sqlite_database: Database, tmp_path: Path) -> AsyncIterator[R
 
 
 async def begin(
-    database: Database, recorder: Recorder, engine: OneEngine, client: Client
+    database: Database,
+    recorder: Recorder,
+    engine: OneEngine,
+    client: Client,
+    engine_timeout: float = SECONDS,
 ) -> tuple[asyncio.Task[None], str]:
     """A stream that is under way, and its id."""
     with database.write() as session:
@@ -134,7 +146,7 @@ async def begin(
         fleet=cast(Fleet, engine),
         recorder=recorder,
         commit_timeout=SECONDS,
-        engine_timeout=SECONDS,
+        engine_timeout=engine_timeout,
         figures=figures,
         began=0.0,
     )
@@ -180,3 +192,33 @@ async def test_an_end_that_a_shutdown_kept_from_its_client_is_taken_back(
     with sqlite_database.read() as session:
         answer = session.get_one(Answer, answer_id)
         assert (answer.status, answer.error_code) == (AnswerStatus.INTERRUPTED, "not_delivered")
+
+
+@pytest.mark.parametrize("done", [True, False])
+async def test_an_engine_that_goes_on_after_the_end_holds_nobody(
+    sqlite_database: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    monkeypatch.setattr(proxy, "END_SECONDS", 0.05)
+    events = event("Water", "stop"), *([DONE] if done else [])
+    engine, client = OneEngine(*events, ends=False), Client(most=9)
+    task, answer_id = await begin(
+        sqlite_database, recorder, engine, client, SECONDS if done else 0.05
+    )
+    await asyncio.wait_for(task, 60)
+    assert (b"[DONE]" in client.received[-1]["body"]) is done
+    assert b"ping" not in b"".join(one.get("body", b"") for one in client.received)
+    await recorder.stop()
+    with sqlite_database.read() as session:
+        is_whole = session.get_one(Answer, answer_id).status == AnswerStatus.COMPLETE
+    assert is_whole is done
+
+
+async def test_a_stream_without_an_end_is_refused(
+    sqlite_database: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "LARGEST_STREAM", 1_000)
+    client = Client(most=1_000)
+    engine = OneEngine(event("Wa"), ends=False)
+    task, _ = await begin(sqlite_database, recorder, engine, client)
+    await asyncio.wait_for(task, 60)
+    assert b"passes 1000 bytes" in client.received[-1]["body"]

@@ -17,6 +17,7 @@ from feedback.errors import Conflict, NotReady
 from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
 from server.engines.fake.weights import BASE, Slots, fake_logprobs
 from server.engines.fleet import EngineStatus, Fleet, Hold, Member, Unfit
+from server.engines.reasons import in_public
 
 pytestmark = pytest.mark.anyio
 T = TypeVar("T")
@@ -605,7 +606,7 @@ async def test_a_503_says_the_state_of_a_few_engines_in_few_words() -> None:
         engine.healthy = False
         engine.fault = "x" * 5000
     await world.fleet.reconcile()
-    with pytest.raises(NotReady, match=r"engine-0 is loading: x+; .*; 37 more\)") as refused:
+    with pytest.raises(NotReady, match=r"engine-0 is loading: x+…; .*; 37 more\)") as refused:
         world.fleet.choose("tiny")
     assert len(refused.value.message) < 1000
 
@@ -761,3 +762,57 @@ class Slotting(RuleBasedStateMachine):
 
 TestSlotting = Slotting.TestCase
 TestSlotting.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+async def test_an_engine_is_asked_once_whether_it_calls_tools_however_many_want_to_know() -> None:
+    world = World()
+    await world.fleet.reconcile()
+    asked, answers = 0, asyncio.Event()
+
+    async def answer(_model: str) -> bool:
+        nonlocal asked
+        asked += 1
+        await answers.wait()
+        if asked == 1:
+            raise EngineRefused(502, "Bad Gateway")
+        return True
+
+    world.engines[0].parses_tools = answer  # type: ignore[attr-defined]
+    waiting = [asyncio.ensure_future(world.fleet.parses_tools()) for _ in range(3)]
+    await asyncio.sleep(0)
+    answers.set()
+    assert await asyncio.gather(*waiting) == [None] * 3
+    assert (await world.fleet.parses_tools(), asked) == (None, 1)
+    world.engines[0].restart()
+    await world.fleet.reconcile()
+    assert (await world.fleet.parses_tools(), asked) == (True, 2)
+
+
+async def test_what_everybody_may_read_of_an_engine_names_no_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = "[Errno 2] '/srv/models/secret/adapter.bin' on gpu-7.internal via http://10.0.0.7:8001/"
+    world = World()
+
+    async def list_models() -> dict[str, str]:
+        raise EngineRefused(500, words)
+
+    world.engines[0].list_models = list_models  # type: ignore[method-assign]
+    await world.fleet.reconcile()
+    assert world.member.reason == "engine answered 500: [Errno 2] '…' on … via …"
+    assert any(words in str(vars(record).get("reason")) for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("<html><head><title>502 Bad Gateway</title></head>", "a page of HTML (502 Bad Gateway)"),
+        (
+            "/metrics has no start; /v1/models answered",
+            "/metrics has no start; /v1/models answered",
+        ),
+        ("x" * 5000, "x" * 200 + "…"),
+    ],
+)
+async def test_reasons_are_short(words: str, told: str) -> None:
+    assert in_public(words) == told

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.engines.base import EngineRefused
+from server.engines.base import EngineAddress, EngineRefused
 from server.engines.fake import FakeEngine, Faults
 from server.engines.vllm import VllmEngine, error_message
 
@@ -47,3 +47,16 @@ async def test_figures_of_another_form_are_refused_and_break_nothing(
 
 def test_an_error_that_is_too_deep_to_read_is_told_in_part() -> None:
     assert error_message("[" * 100_000) == "[" * 500
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [401, 404, 500, 502])
+async def test_what_is_no_refusal_of_the_request_tells_nothing_about_tools(status: int) -> None:
+    engine = VllmEngine(EngineAddress("engine-0", "http://nowhere"))
+
+    async def refuse(*_: Any) -> tuple[int, str]:
+        raise EngineRefused(status, "Bad Gateway")
+
+    engine._call = refuse  # type: ignore[method-assign]
+    with pytest.raises(EngineRefused):
+        await engine.parses_tools("tiny")
