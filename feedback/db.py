@@ -30,6 +30,7 @@ from sqlalchemy import (
     event,
     make_url,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from feedback.canonical import canonical_json as canonical_json
@@ -134,6 +135,17 @@ def new_id(prefix: str) -> str:
     return prefix + "".join(
         [_CROCKFORD_PAIRS[number >> shift & 1023] for shift in range(120, -1, -10)]
     )
+
+
+def show_url(url: str) -> str:
+    """A database's address without what is secret in it, for messages."""
+    return make_url(url).set(query={}).render_as_string(hide_password=True)
+
+
+def insert_into(session: Session, table: type[Base]) -> sqlite.Insert | postgresql.Insert:
+    """An insertion in the words of the session's database, which may pass over conflicts."""
+    is_postgresql = session.get_bind().dialect.name == "postgresql"
+    return postgresql.insert(table) if is_postgresql else sqlite.insert(table)
 
 
 class Driver:
@@ -248,9 +260,11 @@ class Database:
         connection = self.engine.raw_connection()
         try:
             cursor = connection.cursor()
-            cursor.execute(f"PRAGMA busy_timeout={TRUNCATE_MILLISECONDS}")
-            busy, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            cursor.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+            try:
+                cursor.execute(f"PRAGMA busy_timeout={TRUNCATE_MILLISECONDS}")
+                busy, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:  # whoever has the connection next waits as long as everybody
+                cursor.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
             return not busy
         except self.engine.dialect.loaded_dbapi.OperationalError:
             return False

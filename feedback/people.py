@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, select, true
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from feedback.db import new_id, now
+from feedback.db import insert_into, new_id, now
 from feedback.tables import Answer, Person
 
 ANONYMOUS = "anonymous"
@@ -75,9 +74,8 @@ def find_or_create_person(session: Session, user: str, end_user: str = "") -> Pe
     person = find_person(session, user, end_user)
     if person is not None:
         return person
-    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     session.execute(
-        insert(Person)
+        insert_into(session, Person)
         .values(id=new_id("person_"), user=user, end_user=end_user, created_at=now())
         .on_conflict_do_nothing(index_elements=["user", "end_user"])
     )

@@ -19,10 +19,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import delete, select, tuple_, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from feedback.db import new_id, now
+from feedback.db import insert_into, new_id, now
 from feedback.errors import BadRequest
 from feedback.tables import Answer, Conversation
 from server.errors import StillRunning
@@ -120,9 +119,8 @@ def begin(
     """
     at = at or now()
     remove_old(session, at=at)
-    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     made = session.execute(
-        insert(IdempotentRequest)
+        insert_into(session, IdempotentRequest)
         .values(
             caller=attempt.caller,
             key=attempt.key,

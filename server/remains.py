@@ -35,15 +35,19 @@ class Remains:
         self._log_is_due = False
 
     def forget(self, answer_ids: Collection[str]) -> None:
-        """Call it after the commit that deletes these answers."""
+        """Call it after the commit that deletes these answers, which no fault here undoes."""
         try:
             remove_letters(self._dead_letters, lambda ids: ids & set(answer_ids))
         except OSError:  # the sweep comes back to it
             logger.exception("Dead letters not removed", extra={"action": "remains_left"})
-        self.clear_log()
+        try:
+            self.clear_log()
+        except Exception:  # it is due still
+            logger.exception("Log not emptied", extra={"action": "remains_left"})
 
     def clear_log(self) -> None:
         """Empty the log now, or as soon as nobody is in the way."""
+        self._log_is_due = True
         self._log_is_due = not self._database.truncate_log()
 
     def sweep(self) -> None:

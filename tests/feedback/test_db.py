@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from sqlalchemy import select, text
 
-from feedback.db import Database, Writing, canonical_json, new_id
+from feedback.db import BUSY_MILLISECONDS, Database, Writing, canonical_json, new_id
 from feedback.tables import AuditEntry, Person
 from tests.feedback.record import make_viewer
 
@@ -146,3 +146,25 @@ def test_a_connection_that_has_ended_is_replaced(postgres_database: Database) ->
     writing.close()
     with postgres_database.read() as session:
         assert session.scalars(select(Person.id)).all() == ["person_1"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_connection_as_patient_as_before(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Failing:
+        def cursor(self) -> Failing:
+            return self
+
+        def execute(self, statement: str) -> None:
+            said.append(statement)
+            if "checkpoint" in statement:
+                raise sqlite_database.engine.dialect.loaded_dbapi.OperationalError("locked")
+
+        def close(self) -> None:
+            said.append("closed")
+
+    monkeypatch.setattr(sqlite_database.engine, "raw_connection", Failing)
+    assert sqlite_database.truncate_log() is False
+    assert said[-2:] == [f"PRAGMA busy_timeout={BUSY_MILLISECONDS}", "closed"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from feedback.answers import delete_answer
 from feedback.db import Database, now
@@ -202,3 +203,16 @@ def test_half_a_letter_spoils_no_other_and_goes_with_its_answer(
     add_letter(letters, {"id": "d"})
     assert remove_letters(letters, lambda ids: ids & {"c"}) == 1
     assert letters.read_text() == '{"id": "a"}\n{"id": "d"}\n'
+
+
+def test_a_deletion_stands_where_the_log_cannot_be_emptied(
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remains = Remains(sqlite_database, tmp_path / "letters")
+
+    def refuse() -> bool:
+        raise PoolTimeout("no connection is free")
+
+    monkeypatch.setattr(sqlite_database, "truncate_log", refuse)
+    remains.forget(["chatcmpl-1"])
+    assert remains._log_is_due
