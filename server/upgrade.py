@@ -63,8 +63,11 @@ def upgrade(
     migrate(database)
     with database.write() as session:
         _wait_for_others(database, session)
-        _sign(settings, database, session, anew=new_secret)
         deployment = _first_deployment(session, settings, base)
+        # After what may refuse: a new secret stays, whatever becomes of this transaction.
+        _sign(settings, database, session, anew=new_secret)
+        if deployment is not None:
+            audit.append(session, actor="local", action="deployment_created", subject=deployment)
         _internal_key(session, settings)
         admin_key = _first_admin_key(session, settings)
         if admin_key is not None:
@@ -174,7 +177,9 @@ def _first_deployment(session: Session, settings: Settings, base: BaseModel) -> 
             base_model=base.name,
             base_revision=base.revision,
             template_hash=base.template_hash,
-            aliases=[alias for alias in DEFAULT_ALIASES if alias != base.name],
+            aliases=[
+                alias for alias in DEFAULT_ALIASES if alias not in (base.name, settings.deployment)
+            ],
             created_by="local",
         )
     except (BadRequest, Conflict) as error:
@@ -182,7 +187,6 @@ def _first_deployment(session: Session, settings: Settings, base: BaseModel) -> 
             f"the first deployment can't be made: {error.message} "
             "The settings model.name and deployment give the model and it other names."
         ) from None
-    audit.append(session, actor="local", action="deployment_created", subject=settings.deployment)
     return settings.deployment
 
 

@@ -233,7 +233,16 @@ def test_another_base_than_the_deployments_is_refused_and_changes_nothing(
     for other in (replace(BASE, name="small"), replace(BASE, revision="sha256-other")):
         with pytest.raises(UpgradeError, match="'assistant' stands on 'tiny'"):
             upgrade(settings, empty_sqlite, other, url=URL)
+        secrets = (settings.data / "secret").read_bytes()
+        with pytest.raises(UpgradeError, match="'assistant' stands on 'tiny'"):
+            upgrade(settings, empty_sqlite, other, url=URL, new_secret=True)
+        assert (settings.data / "secret").read_bytes() == secrets
     assert _rows(empty_sqlite) == rows
+
+
+def test_a_deployment_may_be_called_as_an_alias_is(empty_sqlite: Database, tmp_path: Path) -> None:
+    settings = _settings(tmp_path, deployment="gpt-4o-mini")
+    assert upgrade(settings, empty_sqlite, BASE, url=URL).deployment == "gpt-4o-mini"
 
 
 def test_a_revoked_first_key_does_not_come_back_but_is_recovered(
