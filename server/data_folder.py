@@ -29,15 +29,23 @@ def prepare_data(settings: Settings) -> None:
 
 
 def explain(folder: Path, error: OSError) -> str:
-    """Why a folder can't be made: the part of its path that is in the way."""
-    for part in (folder, *folder.parents):
-        if part.exists():
-            if not part.is_dir():
-                return f"{str(part)!r} is a file"
-            if not os.access(part, os.W_OK | os.X_OK):
-                return f"{str(part)!r} can't be written by this user"
-            break
-    return error.strerror or str(error)
+    """Why a folder can't be made."""
+    return find_obstacle(folder) or error.strerror or str(error)
+
+
+def find_obstacle(folder: Path) -> str | None:
+    """The part of a folder's path because of which nothing can be written there, or None."""
+    there = find_existing(folder)
+    if not there.is_dir():
+        return f"{str(there)!r} is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{str(there)!r} can't be written by this user"
+    return None
+
+
+def find_existing(folder: Path) -> Path:
+    """The longest part of a folder's path that is there."""
+    return next(part for part in (folder, *folder.absolute().parents) if part.exists())
 
 
 def _fault(data: Path, why: str) -> str:

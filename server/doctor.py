@@ -6,7 +6,6 @@ fresh machine must have before anything is installed (`bootstrap.py`).
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import socket
@@ -21,7 +20,8 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from feedback.db import Database, DatabaseUnfit
+from feedback.db import Database, DatabaseUnfit, show_url
+from server.data_folder import find_existing, find_obstacle
 from server.engines.process import (
     EngineSettingsError,
     answers_ok,
@@ -185,12 +185,10 @@ def _memory(settings: Settings) -> Iterator[Finding]:
 
 
 def _disk(settings: Settings) -> Iterator[Finding]:
-    folder = settings.data.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        kind = "can't be written by this user" if folder.is_dir() else "is a file"
-        yield Finding("data", Verdict.PROBLEM, f"{folder} {kind}", "give another DATA")
+    folder = find_existing(settings.data.resolve())
+    obstacle = find_obstacle(folder)
+    if obstacle is not None:
+        yield Finding("data", Verdict.PROBLEM, obstacle, "give another DATA")
         return
     free = shutil.disk_usage(folder).free / GIB
     verdict = Verdict.OK if free >= DISK_GIB else Verdict.PROBLEM
@@ -204,7 +202,7 @@ def _disk(settings: Settings) -> Iterator[Finding]:
 
 def _database(settings: Settings) -> Iterator[Finding]:
     url = make_url(settings.database_url)
-    shown = url.render_as_string(hide_password=True)
+    shown = show_url(settings.database_url)
     is_sqlite = url.get_backend_name() == "sqlite"
     if is_sqlite and not Path(url.database or "").exists():
         yield _ok("database", f"{shown}, not made yet (`burnish serve` makes it)")

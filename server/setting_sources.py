@@ -102,7 +102,9 @@ def _shown(key: str, value: Any) -> str:
         return "a table" if value else "an empty table"
     if isinstance(value, list):
         return "a list"
-    text = re.sub(r"//[^/@]*@", "//…@", repr(str(value) if isinstance(value, Path) else value))
+    text = repr(str(value) if isinstance(value, Path) else value)
+    # To the last @: a password that is not encoded may hold any sign.
+    text = re.sub(r"(:?//|:).*@", r"\1…@", text)
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
 
 
@@ -279,4 +281,20 @@ def as_database_url(url: str) -> str:
         )
     if scheme == "sqlite" and not rest.startswith("/"):
         raise ValueError("a file's address has three slashes (four, where its path is absolute)")
+    if scheme != "sqlite" and not _is_address(f"{scheme}://{rest}"):
+        raise ValueError(
+            "expected postgresql://user:password@host:port/database, with each / : @ in the "
+            "password written as %2F %3A %40"
+        )
     return f"{scheme}://{rest}"
+
+
+def _is_address(url: str) -> bool:
+    from sqlalchemy.engine import make_url  # the command line does without it as long as it can
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        found = make_url(url)
+    except (ArgumentError, ValueError):  # the second of a port
+        return False
+    return "@" not in (found.host or "") and "@" not in (found.database or "")

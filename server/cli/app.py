@@ -55,10 +55,9 @@ def fail(message: str, code: int = REFUSED) -> NoReturn:
 @contextmanager
 def one_sentence(settings: Settings, code: int = REFUSED) -> Iterator[None]:
     """End a local command with one sentence where the model, the database or a file is amiss."""
-    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from feedback.db import DatabaseUnfit
+    from feedback.db import DatabaseUnfit, show_url
     from server.upgrade import UpgradeError
     from tuner.base_models import BaseModelError
 
@@ -71,7 +70,7 @@ def one_sentence(settings: Settings, code: int = REFUSED) -> Iterator[None]:
             raise
         fail("PostgreSQL needs the package psycopg: `pip install -e .[postgres]`", code)
     except SQLAlchemyError as error:
-        shown = make_url(settings.database_url).render_as_string(hide_password=True)
+        shown = show_url(settings.database_url)
         said = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         fail(f"the database {shown} can't be used: {said}; see the setting database.url", code)
     except OSError as error:
