@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from starlette.routing import Match, Route
 
 from feedback.errors import AppError, BadRequest, Conflict, NotReady, RateLimited
 from server.elsewhere import find_advice
+from server.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,9 @@ class IntegrityFault(AppError):
 def envelope(
     message: str, *, type: str, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """OpenAI's error object; what it repeats of a caller's words is made `plain`."""
-    param = None if param is None else plain(param)
-    return {"error": {"message": plain(message), "type": type, "param": param, "code": code}}
+    """OpenAI's error object; what it repeats of a caller's words is made `printable`."""
+    param = None if param is None else printable(param)
+    return {"error": {"message": printable(message), "type": type, "param": param, "code": code}}
 
 
 UNLIMITED = ("max_tokens", "max_completion_tokens")
@@ -103,24 +103,6 @@ def describe_field(problem: Mapping[str, Any], field: str) -> str:
     if field.rpartition(".")[2] in UNLIMITED and problem["type"] == "greater_than_equal":
         return f"{problem['msg']}; leave it out for no limit"
     return str(problem["msg"])
-
-
-def plain(text: str) -> str:
-    r"""`text` with what steers a terminal or reorders what is read written out, such as `\x1b`.
-
-    Line ends and tabs stay.
-    """
-    return text if text.isprintable() else _STEERING.sub(_write_out, text)
-
-
-_STEERING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def _write_out(found: re.Match[str]) -> str:
-    number = ord(found[0])
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 
 
 def envelope_of(error: AppError) -> dict[str, dict[str, str | None]]:

@@ -12,13 +12,17 @@ import re
 import sys
 from typing import TextIO
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""What moves a terminal's cursor or turns a text round; line ends and tabs are harmless."""
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What moves a terminal's cursor, turns a text round, ends a line unseen, or is half a letter. Line
+ends and tabs are harmless.
+"""
 
 
 def printable(text: str) -> str:
     r"""`text` with control characters written out, as `\x1b`."""
-    return _CONTROLS.sub(_write_out, text)
+    return text if text.isprintable() else _STEERING.sub(_write_out, text)
 
 
 def _write_out(found: re.Match[str]) -> str:
@@ -28,7 +32,7 @@ def _write_out(found: re.Match[str]) -> str:
 
 def as_json_escapes(text: str) -> str:
     """JSON that means the same and holds no control character but its line ends."""
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def prepare_output() -> None:

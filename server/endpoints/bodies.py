@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic import ConfigDict, model_validator
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
-from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from feedback.db import Database
 from feedback.errors import BadRequest, TooLarge
@@ -82,7 +82,7 @@ class JsonRoute(APIRoute):
         async def handle(request: Request) -> Response:
             gateway: Gateway = request.app.state.gateway
             key = gateway.authorize(request.method, self.path, request.headers)
-            raw = await _read(request, self.most_bytes(gateway.settings))
+            raw = await read_body(request.receive, self.most_bytes(gateway.settings))
             read = _Read(request, raw, _parse(request, raw, self.most_parts))
             named = request.headers.get(idempotency.HEADER)
             if named is None or not idempotency.takes_key(request.method, self.path):
@@ -177,16 +177,20 @@ class _Read(Request):
         return self._parsed
 
 
-async def _read(request: Request, most: int) -> bytes:
-    raw = bytearray()
-    try:
-        async for piece in request.stream():
-            raw += piece
-            if len(raw) > most:
-                raise TooLarge(f"the body passes {most} bytes")
-    except ClientDisconnect:
-        raise BadRequest("the connection ended before the body did") from None
-    return bytes(raw)
+async def read_body(receive: Receive, most: int) -> bytes:
+    """A request's body. Raises TooLarge beyond `most` bytes, BadRequest where it breaks off."""
+    pieces, length, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("the connection ended before the body did")
+        piece = message.get("body", b"")
+        length += len(piece)
+        if length > most:
+            raise TooLarge(f"the body passes {most} bytes")
+        pieces.append(piece)
+        more = message.get("more_body", False)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _parse(request: Request, raw: bytes, most_parts: int) -> Any:

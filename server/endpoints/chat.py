@@ -24,10 +24,11 @@ from feedback.answers import (
     root_hash,
     was_answered,
 )
-from feedback.errors import AppError, BadRequest, NotReady, TooLarge
+from feedback.errors import AppError, BadRequest, NotReady
 from feedback.recording import NOT_RECORDED, EndedAnswer, StartedAnswer
 from feedback.tables import AnswerKind, AnswerStatus, Arm
 from server.auth import Caller, KeyView, Scope, check_scope
+from server.endpoints.bodies import read_body
 from server.engines.fleet import Hold
 from server.gateway import Gateway
 from server.limits import Admission
@@ -123,7 +124,7 @@ class Completions:
             check_scope(key, "POST", path)
             if gateway.stopping:
                 raise stopping()
-            raw = await _read(receive, gateway.settings.gateway.max_body_bytes)
+            raw = await read_body(receive, gateway.settings.gateway.max_body_bytes)
             caller, exchange = await _prepare(gateway, key, headers, path, raw, number, reply, hold)
             if trace is not None:
                 trace.describe(exchange.started, stream=exchange.stream, choices=exchange.n)
@@ -250,21 +251,6 @@ async def _start(gateway: Gateway, caller: Caller, exchange: Exchange, trace: Tr
     finally:
         if trace is not None:
             trace.committed(time.perf_counter() - committing)
-
-
-async def _read(receive: Receive, most: int) -> bytes:
-    pieces, length, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise BadRequest("the connection ended before the body did")
-        piece = message.get("body", b"")
-        length += len(piece)
-        if length > most:
-            raise TooLarge(f"the body passes {most} bytes")
-        pieces.append(piece)
-        more = message.get("more_body", False)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _external_conversation(

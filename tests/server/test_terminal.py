@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from server.cli.app import PlainConsole, fail, show_json
 from server.terminal import as_json_escapes, printable
 
-ESCAPE = "\x1b[2J\x9b31m\x07\u202egnp.exe"
+ESCAPE = "\x1b[2J\x9b31m\x07\u202egnp.exe\u2028\ud800"
 
 
 @given(st.text())
