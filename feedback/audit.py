@@ -118,7 +118,8 @@ def append(
 def _publish_later(session: Session, path: Path, entry: AuditEntry) -> None:
     """Publish the entry after its commit, where the log still holds what was published before.
 
-    Otherwise the file stays as it is, and with it the proof that something was taken out.
+    Otherwise the file stays as it is, and with it the proof that something was taken out. The end
+    of a savepoint is no commit, and an entry that was rolled back with one is not published.
     """
     seq, entry_hash, before = entry.seq, entry.hash, read_head(path)
     if before is not None and before != (seq - 1, entry.previous_hash):
@@ -130,8 +131,16 @@ def _publish_later(session: Session, path: Path, entry: AuditEntry) -> None:
             )
             return
 
-    @event.listens_for(session, "after_commit", once=True)
+    waits = True
+
+    @event.listens_for(session, "after_commit")  # which comes at the end of a savepoint too
     def publish(_session: Session) -> None:
+        nonlocal waits
+        if not waits or session.in_nested_transaction():
+            return
+        waits = False
+        if entry not in session:  # rolled back
+            return
         try:
             publish_head(path, seq, entry_hash)
         except OSError:

@@ -223,6 +223,29 @@ def test_an_entry_whose_transaction_fails_is_not_published(
     assert read_head(tmp_path / "audit.head") == head
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_rolled_back_after_a_savepoint_is_not_published(
+    sealed: Database, tmp_path: Path, whole: bool
+) -> None:
+    """The transaction after its savepoint ended, or the savepoint with the entry alone."""
+    head = read_head(tmp_path / "audit.head")
+    with sealed.write() as session:
+        with session.begin_nested() as savepoint:
+            audit.append(session, actor="a", action="b", subject="c")
+            if not whole:
+                savepoint.rollback()
+        if whole:
+            session.rollback()
+    assert read_head(tmp_path / "audit.head") == head
+    with sealed.write() as session:
+        audit.append(session, actor="a", action="b", subject="c")
+        with session.begin_nested():
+            session.execute(text("SELECT 1"))
+    with sealed.read() as session:
+        assert audit.verify(session) == Verified(8, 3)
+        assert read_head(tmp_path / "audit.head") == audit.head(session)
+
+
 def test_the_published_entry_never_goes_back(tmp_path: Path) -> None:
     path = tmp_path / "audit.head"
     with ThreadPoolExecutor(8) as pool:
