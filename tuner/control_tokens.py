@@ -112,21 +112,31 @@ class ControlTokens:
     def _begins(self) -> tuple[bytes, ...]:
         if not self.everywhere and not self.markup:
             return ()
-        begins = {_in_json(token[:2]) for token in (*self.everywhere, *self.markup)}
-        return (*sorted(begins), _ESCAPED)
+        begins = {
+            spelling
+            for token in (*self.everywhere, *self.markup)
+            for spelling in _in_json(token[:2])
+        }
+        return (*sorted(begins), *_ESCAPED)
 
     @cached_property
     def _in_json(self) -> re.Pattern[bytes]:
-        texts = sorted({*map(_in_json, (*self.everywhere, *self.markup)), _ESCAPED})
-        return re.compile(b"|".join(map(re.escape, texts)))
+        tokens = (*self.everywhere, *self.markup)
+        texts = {spelling for token in tokens for spelling in _in_json(token)}
+        return re.compile(b"|".join(map(re.escape, sorted({*texts, *_ESCAPED}))))
 
 
-_ESCAPED = b"\\\\u"
-"""How `\\u003c` looks in a JSON text that stands in a JSON text."""
+_ESCAPED = (b"\\\\u", b"\\\\/")
+"""How `\\u003c` and `\\/` look in a JSON text that stands in a JSON text.
+
+JSON's other escapes are the only spellings of their characters beside `\\u`.
+"""
 
 
-def _in_json(text: str) -> bytes:
-    return json.dumps(text, ensure_ascii=False)[1:-1].encode()
+def _in_json(text: str) -> tuple[bytes, bytes]:
+    """The text in a JSON text, and in a JSON text that stands in one."""
+    once = json.dumps(text, ensure_ascii=False)[1:-1]
+    return once.encode(), json.dumps(once, ensure_ascii=False)[1:-1].encode()
 
 
 def _breakable(tokens: Iterable[str]) -> tuple[str, ...]:

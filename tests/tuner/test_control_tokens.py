@@ -54,10 +54,30 @@ def test_other_text_is_left_as_it_is(text: str) -> None:
 
 @given(texts)
 def test_the_quick_look_misses_none(text: str) -> None:
-    hidden = json.dumps({"a": text}).replace("<", "\\u003c")
-    for body in ({"content": text}, {"arguments": hidden}):
-        if any(token in text for token in (*EVERYWHERE, *CONTROL.markup)):
-            assert CONTROL.may_be_in(to_json(body)) or "<" not in text
+    if any(token in text for token in (*EVERYWHERE, *CONTROL.markup)):
+        assert CONTROL.may_be_in(to_json({"content": text}))
+
+
+# Tokens of characters that JSON can spell in several ways.
+ESCAPABLE = ControlTokens((*SPECIAL, 'q"q', "b\\b", "n\nn", "f\ff"))
+
+
+def spellings(character: str) -> list[str]:
+    """Every way in which a JSON text may write a character."""
+    code = f"{ord(character):04x}"
+    short = {'"': '"', "\\": "\\", "/": "/", "\n": "n", "\f": "f"}.get(character)
+    plain = [] if character in '"\\\n\f' else [character]
+    return [*plain, f"\\u{code}", f"\\u{code.upper()}", *([f"\\{short}"] if short else [])]
+
+
+@given(st.sampled_from(ESCAPABLE.everywhere), st.data())
+def test_the_quick_look_misses_no_spelling_in_a_tool_call_s_arguments(
+    token: str, data: st.DataObject
+) -> None:
+    written = "".join(data.draw(st.sampled_from(spellings(character))) for character in token)
+    arguments = f'{{"x": "{written}"}}'
+    assert json.loads(arguments) == {"x": token}
+    assert ESCAPABLE.may_be_in(to_json({"arguments": arguments}))
 
 
 def test_the_quick_look_lets_ordinary_text_pass() -> None:
