@@ -19,7 +19,7 @@ from feedback.errors import BadRequest, Conflict, NotFound
 from feedback.tables import Dataset, DatasetStatus, File
 from tuner.gate import Verdict
 from tuner.holdout import HoldoutFiles
-from tuner.jobs import create_job
+from tuner.jobs import ENDED, create_job
 from tuner.measuring import Subject
 from tuner.releases import get_deployment, get_release, production_of
 from tuner.tables import Deployment, Evaluation, Job, JobKind, Release, ReleaseState
@@ -140,6 +140,8 @@ def load_subject(session: Session, evaluation_id: str) -> Subject:
         rows=(),
         own_prompts=frozenset(prompt for prompt in prompts if prompt),
         prepends=(policies or {}).get("system_prompt") == "prepend",
+        candidate_deleted=_deleted_files(session, candidate),
+        baseline_deleted=_deleted_files(session, baseline),
     )
 
 
@@ -182,8 +184,30 @@ def _files(session: Session, dataset_id: str | None, *, side: str) -> list[File]
     return list(session.scalars(query.order_by(File.id))) if dataset_id is not None else []
 
 
+def find_evaluation_on(session: Session, file_id: str) -> str | None:
+    """An evaluation's job that still needs a file which one of its releases learned from, or None.
+
+    Without the file nobody knows which rows of the holdout that release has seen.
+    """
+    unfinished = select(Evaluation).join(Job, Job.id == Evaluation.job_id)
+    for evaluation in session.scalars(unfinished.where(Job.status.not_in(ENDED))):
+        for name in (evaluation.release, evaluation.baseline):
+            if file_id in _training_file_ids(session, get_release(session, name)):
+                return evaluation.job_id
+    return None
+
+
 def _training_files(session: Session, release: Release) -> list[File]:
-    """What the release's adapter learned from, or was chosen by: its job's files."""
-    job = session.get(Job, release.job_id) if release.job_id is not None else None
-    ids = list_files_of(job) if job is not None else []
+    """What the release's adapter learned from, or was chosen by, as far as it is still there."""
+    ids = _training_file_ids(session, release)
     return list(session.scalars(select(File).where(File.id.in_(ids)))) if ids else []
+
+
+def _deleted_files(session: Session, release: Release) -> tuple[str, ...]:
+    there = {file.id for file in _training_files(session, release)}
+    return tuple(name for name in _training_file_ids(session, release) if name not in there)
+
+
+def _training_file_ids(session: Session, release: Release) -> list[str]:
+    job = session.get(Job, release.job_id) if release.job_id is not None else None
+    return list_files_of(job) if job is not None else []

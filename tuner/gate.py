@@ -16,6 +16,9 @@ says better, worse or neither; a *sanity check* holds what the candidate writes 
 - **Fail** takes one check: a primary metric that is worse (each tested at 0.05 by itself: an
   adjustment would make harm harder to see), or a sanity check past its limit. Nobody has to show
   that a candidate isn't worse; with few prompts harm stays unseen, and the reasons say how few.
+- Where a file that a release learned from was deleted, the holdout may hold rows of it. Of the
+  candidate's that may be why it is better, so it doesn't pass; of the baseline's it can only hide
+  what is better, so it is said and no more.
 - **Inconclusive** is everything else, an empty holdout too.
 
 Rows about the same prompt count as one unit (their differences are averaged), because they aren't
@@ -82,6 +85,8 @@ class Figures:
     labelled: Sequence[Labelled] = ()
     candidate_answers: Sequence[Written] = ()
     baseline_answers: Sequence[Written] = ()
+    candidate_deleted: Sequence[str] = ()  #: files that it learned from and nobody can look into
+    baseline_deleted: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +151,17 @@ def decide(figures: Figures, limits: Limits | None = None) -> Verdict:
         limits.significance,
     )
     sanity = [_check_chosen_nll(figures.chosen_nll, limits), *_check_answers(figures, limits)]
-    checks = (*primary, *sanity)
+    hidden = _check_deleted(figures)
+    checks = (*primary, *sanity, *hidden)
+    doubts = [check.message for check in hidden]
     failed = [check for check in checks if check.outcome == Decision.FAIL]
     better = [check for check in primary if check.outcome == Decision.PASS]
     if failed:
-        return Verdict(Decision.FAIL, tuple(check.message for check in failed), checks)
+        return Verdict(Decision.FAIL, (*(check.message for check in failed), *doubts), checks)
     if better:
-        reasons = [check.message for check in better]
+        reasons = [check.message for check in better] + doubts
+        if figures.candidate_deleted:
+            return Verdict(Decision.INCONCLUSIVE, tuple(reasons), checks)
         return Verdict(Decision.PASS, (*reasons, "No check found the candidate worse."), checks)
     if not (figures.nll or figures.margins or figures.labelled):
         return Verdict(
@@ -160,11 +169,13 @@ def decide(figures: Figures, limits: Limits | None = None) -> Verdict:
             (
                 "The holdout has no row that could tell the candidate from the baseline; "
                 "judge more answers and make a new data set.",
+                *doubts,
             ),
             checks,
         )
     told = [check.message for check in primary if check.candidate is not None]
-    return Verdict(Decision.INCONCLUSIVE, tuple(told or [c.message for c in primary]), checks)
+    reasons = told or [check.message for check in primary]
+    return Verdict(Decision.INCONCLUSIVE, (*reasons, *doubts), checks)
 
 
 def pair_score(margin: float, *, tie: float) -> float:
@@ -298,6 +309,21 @@ def _check_chosen_nll(rows: Sequence[Paired], limits: Limits) -> Check:
         baseline,
         baseline + limits.chosen_nll_rise,
     )
+
+
+def _check_deleted(figures: Figures) -> list[Check]:
+    """What can't be left out of the holdout, because nobody knows any more what was learned."""
+    of_both = (("candidate", figures.candidate_deleted), ("baseline", figures.baseline_deleted))
+    return [
+        Check(
+            f"{which}_files_deleted",
+            Decision.INCONCLUSIVE,
+            f"The {which} learned from {', '.join(files)}, deleted since: holdout rows that were "
+            "in it can't be left out.",
+        )
+        for which, files in of_both
+        if files
+    ]
 
 
 def _check_answers(figures: Figures, limits: Limits) -> list[Check]:

@@ -69,6 +69,8 @@ class Subject:
     own_prompts: frozenset[str]  #: system prompts of the deployment's releases
     prepends: bool = False  #: whether these stand before a caller's own system message
     left_out: int = 0  #: holdout rows that one of the two learned from
+    candidate_deleted: Sequence[str] = ()  #: files that it learned from, deleted since
+    baseline_deleted: Sequence[str] = ()
 
 
 def run_evaluation(
@@ -150,7 +152,16 @@ def _measure(
             labelled.append(Labelled(unit, bool(row["label"]), shift))
     candidate_answers, baseline_answers = _write_answers(client, subject, effort, report)
     return (
-        Figures(nll, chosen_nll, margins, labelled, candidate_answers, baseline_answers),
+        Figures(
+            nll,
+            chosen_nll,
+            margins,
+            labelled,
+            candidate_answers,
+            baseline_answers,
+            subject.candidate_deleted,
+            subject.baseline_deleted,
+        ),
         {
             "holdout_rows": len(subject.rows),
             "left_out_rows": subject.left_out,

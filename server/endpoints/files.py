@@ -33,6 +33,7 @@ from server.intake import READERS
 from server.sessions import CallerDep, GatewayDep, ReadSession
 from server.settings import GatewaySettings
 from server.wire import IGNORED_HEADER
+from tuner.evaluations import find_evaluation_on
 from tuner.tuning import find_job_on
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -151,7 +152,8 @@ def delete_file(file_id: str, caller: CallerDep, gateway: GatewayDep) -> Deleted
         get_file(session, caller, file_id)
         row = uploads.lock_upload(session, file_id)
         if row is not None:
-            if (job_id := find_job_on(session, file_id)) is not None:
+            job_id = find_job_on(session, file_id) or find_evaluation_on(session, file_id)
+            if job_id is not None:
                 raise Conflict(
                     f"{job_id} still needs {file_id}; cancel it, or wait for its end",
                     code="file_in_use",

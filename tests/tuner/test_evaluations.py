@@ -19,7 +19,7 @@ from tests.tuner.records import (
 from tuner import evaluations
 from tuner.gate import Check, Verdict
 from tuner.holdout import Holdout
-from tuner.jobs import create_job
+from tuner.jobs import create_job, request_cancel
 from tuner.releases import discard, get_release
 from tuner.tables import Decision, JobKind
 
@@ -69,6 +69,27 @@ def test_rows_that_either_release_learned_from_are_left_out(
     holdout = Holdout(files)
     assert [row["id"] for row in holdout] == ["ex_h3"]
     assert holdout.left_out == 4
+
+
+def test_a_training_file_is_kept_for_an_evaluation_and_missed_afterwards(
+    sqlite_database: Database, tmp_path: Path
+) -> None:
+    with sqlite_database.write() as session:
+        make_deployment(session)
+        dataset = add_dataset(session, tmp_path, holdout=HOLDOUT)
+        file = add_file(session, tmp_path, HOLDOUT[:1], side=None)
+        job = create_job(session, JobKind.TUNE, spec={"files": [file.id]})
+        release = make_candidate(session, job_id=job.id, dataset_id=dataset.id)
+        assert evaluations.find_evaluation_on(session, file.id) is None
+        evaluation, job = evaluations.create_evaluation(session, release)
+        assert evaluations.find_evaluation_on(session, file.id) == job.id
+        assert evaluations.load_subject(session, evaluation.id).candidate_deleted == ()
+        request_cancel(session, job.id)
+        assert evaluations.find_evaluation_on(session, file.id) is None
+        session.delete(file)
+        evaluation, _ = evaluations.create_evaluation(session, release)
+        subject = evaluations.load_subject(session, evaluation.id)
+        assert (subject.candidate_deleted, subject.baseline_deleted) == ((file.id,), ())
 
 
 def test_a_release_without_a_data_set_is_compared_on_the_newest_one(

@@ -193,6 +193,19 @@ def test_a_check_shows_itself_as_json() -> None:
     }
 
 
+@pytest.mark.parametrize("gains", [[1.0] * 10, [-1.0] * 10, []])
+def test_what_was_learned_from_deleted_files_is_no_proof(gains: list[float]) -> None:
+    """A candidate's doubts keep it from passing, those of the baseline are told."""
+    plain = decide(Figures(nll=nll(*gains)))
+    passes = plain.decision == Decision.PASS
+    mine = decide(Figures(nll=nll(*gains), candidate_deleted=["file-a"]))
+    theirs = decide(Figures(nll=nll(*gains), baseline_deleted=["file-b"]))
+    assert mine.decision == (Decision.INCONCLUSIVE if passes else plain.decision)
+    assert theirs.decision == plain.decision
+    assert any("learned from file-a" in reason for reason in mine.reasons)
+    assert any("learned from file-b" in reason for reason in theirs.reasons)
+
+
 def test_limits_move_the_line() -> None:
     figures = Figures(nll=nll(*[0.3] * 6))
     assert decide(figures, Limits(significance=0.01)).decision == INCONCLUSIVE
