@@ -1,7 +1,7 @@
 """The worker's way to the gateway: scores, answers, and the evaluation slot.
 
 Owns: the HTTP calls, their retries and what their failures mean. Does not own what is asked
-(`evaluations.py`) or how the gateway serves it. Scores and greedy answers change nothing, so a call
+(`measuring.py`) or how the gateway serves it. Scores and greedy answers change nothing, so a call
 that broke is simply made again: a gateway that restarts in the middle of an evaluation costs a few
 seconds.
 """
