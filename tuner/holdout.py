@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from feedback.curation.extract import build_prompt_hash
 from tuner.client import Message
-from tuner.measuring import prompt_key
 
 _ROWS_BETWEEN_CHECKS = 256
 
@@ -106,7 +106,7 @@ def _hash_id(row: Mapping[str, Any]) -> bytes:
 
 
 def _hash_prompt(row: Mapping[str, Any]) -> bytes:
-    return bytes.fromhex(prompt_key(_prompt_of(row)))[:16]
+    return bytes.fromhex(build_prompt_hash(_prompt_of(row)))
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Sequence[Message]:

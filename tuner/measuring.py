@@ -2,7 +2,7 @@
 
 Owns: what is asked of the gateway (scores by log-probability, greedy answers), how much of it, and
 the figures that come of it. Does not own the requests (`client.py`), the decision (`gate.py`) or
-the rows (`evaluations.py`).
+the rows (`holdout.py`).
 
 A holdout row keeps the prompt as some release answered it. Where that begins with a system prompt
 of the deployment's own releases, each release is measured with its own instead, so that a release
@@ -12,7 +12,6 @@ behind the release's prompt where the deployment prepends it.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from feedback.answers import text_of
-from feedback.db import canonical_json, json_in_order
+from feedback.canonical import json_in_order
+from feedback.curation.extract import build_prompt_hash
 from feedback.formats.messages import join_parts
 from tuner.client import (
     ITEMS_PER_REQUEST,
@@ -106,16 +106,6 @@ def run_evaluation(
     return decide(figures), metrics
 
 
-def prompt_key(prompt: Sequence[Message]) -> str:
-    """Identity of a prompt up to case and space, without system messages: the gate's unit."""
-    spoken = [
-        [message.get("role"), " ".join(_text_of(message).casefold().split())]
-        for message in prompt
-        if message.get("role") != "system"
-    ]
-    return hashlib.sha256(canonical_json(spoken).encode()).hexdigest()
-
-
 def build_prompt(prompt: Sequence[Message], release: Release, subject: Subject) -> list[Message]:
     """`prompt` as `release` would get it: with its own system prompt in place of the one it had."""
     spoken = _without_own_prompt(prompt, subject)
@@ -139,7 +129,7 @@ def _measure(
     labelled: list[Labelled] = []
     unscored: Counter[str] = Counter()
     for row, found in _score_in_portions(client, subject, effort, report):
-        unit = prompt_key(row["prompt"])
+        unit = build_prompt_hash(row["prompt"])
         if isinstance(found, Unscored):
             unscored[found.error] += 1
         elif row["kind"] == "supervised":
@@ -304,7 +294,7 @@ def _write_answers(
     """
     prompts: dict[str, tuple[Asked, int | None]] = {}
     for row in subject.rows:
-        key, good = prompt_key(row["prompt"]), _good_answer(row)
+        key, good = build_prompt_hash(row["prompt"]), _good_answer(row)
         words = None if good is None else len(good.split())
         if key in prompts and prompts[key][1] is None:
             prompts[key] = (prompts[key][0], words)

@@ -30,6 +30,27 @@ def test_rows_are_read_whole_in_an_order_that_does_not_depend_on_the_files(tmp_p
     assert all(row in rows for row in one)
 
 
+SAID_AGAIN = ("cafe\u0301", "full")
+
+
+def test_a_prompt_that_was_learned_from_is_known_in_every_form(tmp_path: Path) -> None:
+    held = [supervised(f"ex_{n}", text, "Good.") for n, text in enumerate(("Café?", " Ｆｕｌｌ?"))]
+    learned = [
+        supervised(f"ex_l{n}", text, "Yes.") for n, text in enumerate(("cafe\u0301?", "full?"))
+    ]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "Call."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    held.append({**held[0], "id": "ex_other", "prompt": turns})
+    learned.append(
+        {**held[0], "id": "ex_l", "prompt": [*turns[:1], {**turns[1], "tool_calls": None}]}
+    )
+    files = HoldoutFiles([write(tmp_path / "held", held)], [write(tmp_path / "l", learned)])
+    assert [row["id"] for row in Holdout(files)] == ["ex_other"]
+
+
 def test_a_row_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path / "held", [supervised(f"ex_{n}", f"{n}?", "Good.") for n in range(3)])
     holdout = Holdout(HoldoutFiles([path], []))

@@ -12,7 +12,7 @@ import pytest
 from tests.tuner.gateway import FakeGateway
 from tests.tuner.records import preference, supervised
 from tuner.client import GatewayError
-from tuner.measuring import Effort, Subject, build_prompt, prompt_key, run_evaluation
+from tuner.measuring import Effort, Subject, build_prompt, run_evaluation
 from tuner.tables import Decision, Release
 
 
@@ -240,10 +240,3 @@ def test_tools_and_variables_of_a_row_are_shown_to_both_releases() -> None:
     assert written[0]["messages"][0] == {"role": "system", "content": "Be\nkind."}
     for asked in [*scored, *written]:
         assert json.dumps(asked["tools"]) == json.dumps(tools)  # keys in the caller's order
-
-
-def test_prompts_that_differ_in_case_space_or_system_message_are_one_unit() -> None:
-    system = {"role": "system", "content": "Be kind."}
-    assert prompt_key([system, QUESTION]) == prompt_key([{**QUESTION, "content": " hello\n"}])
-    assert prompt_key([QUESTION]) != prompt_key([{**QUESTION, "content": "Goodbye"}])
-    assert prompt_key([QUESTION]) != prompt_key([{**QUESTION, "role": "assistant"}])

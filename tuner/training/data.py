@@ -16,10 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from feedback.answers import text_of
-from feedback.curation.extract import build_near_hash
+from feedback.answers import root_hash
+from feedback.curation.extract import build_near_hash, build_prompt_hash
 from feedback.formats.messages import as_sent
-from feedback.normal_form import normalise
 from tuner.chat_template import (
     PLAIN,
     AnswerRewritten,
@@ -408,19 +407,12 @@ class Renderer:
 
 
 def group_of(prompt: Sequence[Message]) -> str:
-    """Hash (hex) of the first user turn, without its spacing and case;
+    """Names what a row begins with, as the record does: its first user turn (`root_hash`).
 
-    of the whole prompt where there is none.
+    The whole prompt where there is none. 32 hex digits.
     """
-    first = next(
-        (text_of(message.get("content")) for message in prompt if message["role"] == "user"), None
-    )
-    text = (
-        first
-        if first is not None
-        else json.dumps([dict(message) for message in prompt], sort_keys=True)
-    )
-    return hashlib.sha256(normalise(text).encode()).hexdigest()
+    has_user = any(message["role"] == "user" for message in prompt)
+    return root_hash(prompt) if has_user else build_prompt_hash(prompt)
 
 
 def leave_out_near(rows: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
