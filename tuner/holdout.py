@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,11 @@ class HoldoutFiles:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a row lies, and what it is known by: 16 bytes of a hash each."""
+    """Where a row lies, and what it is known by: its kind, and 16 bytes of a hash each."""
 
     chance: bytes
     prompt: bytes
+    kind: str
     path: Path
     offset: int
 
@@ -45,7 +47,7 @@ class Holdout(Sequence[Mapping[str, Any]]):
 
     def __init__(self, files: HoldoutFiles, *, check: Callable[[], None] = lambda: None) -> None:
         places = [
-            _Place(_hash_id(row), _hash_prompt(row), path, offset)
+            _Place(_hash_id(row), _hash_prompt(row), sys.intern(str(row.get("kind"))), path, offset)
             for path in files.held
             for offset, row in _read(path, check)
         ]
@@ -65,6 +67,10 @@ class Holdout(Sequence[Mapping[str, Any]]):
             key=lambda place: place.chance,
         )
         self.left_out = len(places) - len(self._places)
+
+    def list_kinds_and_prompts(self) -> list[tuple[str, str]]:
+        """Kind and hash of the prompt (`build_prompt_hash`) of each row; no file is read."""
+        return [(place.kind, place.prompt.hex()) for place in self._places]
 
     def __len__(self) -> int:
         return len(self._places)

@@ -34,6 +34,7 @@ from tuner.client import (
     Unscored,
 )
 from tuner.gate import Figures, Labelled, Paired, Verdict, Written, decide
+from tuner.holdout import Holdout
 from tuner.tables import Release
 
 T = TypeVar("T")
@@ -207,15 +208,13 @@ def _score_in_portions(
     client: GatewayClient, subject: Subject, effort: Effort, report: Report
 ) -> Iterator[tuple[Mapping[str, Any], _RowScores | Unscored]]:
     """The first `max_rows` rows of each kind with their scores; a few at a time are in memory."""
-    counts: Counter[str] = Counter()
-    chosen = []
-    for index, row in enumerate(subject.rows):
-        if row["kind"] in _KINDS and counts[row["kind"]] < effort.max_rows:
-            counts[row["kind"]] += 1
-            chosen.append((_KINDS.index(row["kind"]), index))
-    chosen.sort()
+    by_kind: dict[str, list[int]] = {kind: [] for kind in _KINDS}
+    for index, (kind, _) in enumerate(_list_kinds_and_prompts(subject.rows)):
+        if kind in by_kind and len(by_kind[kind]) < effort.max_rows:
+            by_kind[kind].append(index)
+    chosen = [index for kind in _KINDS for index in by_kind[kind]]
     for start in range(0, len(chosen), ROWS_PER_PORTION):
-        rows = [subject.rows[index] for _, index in chosen[start : start + ROWS_PER_PORTION]]
+        rows = [subject.rows[index] for index in chosen[start : start + ROWS_PER_PORTION]]
 
         def report_rows(
             what: str, done: int, total: int, start: int = start, count: int = len(rows)
@@ -225,6 +224,13 @@ def _score_in_portions(
         scores = _score_all(client, subject, rows, report_rows)
         for row in rows:
             yield row, scores.of(row)
+
+
+def _list_kinds_and_prompts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Kind and hash of the prompt of each row: those of a holdout are known without reading it."""
+    if isinstance(rows, Holdout):
+        return rows.list_kinds_and_prompts()
+    return [(row["kind"], build_prompt_hash(row["prompt"])) for row in rows]
 
 
 def _score_all(
@@ -293,12 +299,16 @@ def _write_answers(
     A prompt that one of them can't answer is left out of both.
     """
     prompts: dict[str, tuple[Asked, int | None]] = {}
-    for row in subject.rows:
-        key, good = build_prompt_hash(row["prompt"]), _good_answer(row)
+    for index, (_, key) in enumerate(_list_kinds_and_prompts(subject.rows)):
+        has_all = prompts[key][1] is not None if key in prompts else None
+        if has_all or (has_all is None and len(prompts) >= effort.max_answers):
+            continue
+        row = subject.rows[index]
+        good = _good_answer(row)
         words = None if good is None else len(good.split())
-        if key in prompts and prompts[key][1] is None:
+        if key in prompts:
             prompts[key] = (prompts[key][0], words)
-        elif key not in prompts and len(prompts) < effort.max_answers:
+        else:
             prompts[key] = (_ask(row, _without_own_prompt(row["prompt"], subject)), words)
     releases = (subject.candidate.name, subject.baseline.name)
     asked = [(release, prompt) for prompt, _ in prompts.values() for release in releases]

@@ -72,6 +72,27 @@ def test_looking_through_files_can_be_ended(tmp_path: Path) -> None:
         Holdout(HoldoutFiles([], [path]), check=end)
 
 
+def test_no_more_rows_are_read_than_are_measured(
+    tmp_path: Path,
+) -> None:
+    read: list[int] = []
+
+    class Watched(Holdout):
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    rows = [supervised(f"ex_{n}", f"Question {n}?", "Yes") for n in range(20)]
+    rows.append(preference("ex_p", "Which?", "Yes", "No"))
+    holdout = Watched(HoldoutFiles([write(tmp_path / "held", rows)], []))
+    effort = measuring.Effort(max_rows=3, max_answers=2)
+    with FakeGateway().client() as client:
+        _, metrics = measuring.run_evaluation(client, subject(holdout), report=quiet, effort=effort)
+    assert (metrics["supervised_rows"], metrics["preference_rows"]) == (3, 1)
+    assert metrics["generated_answers"] == 2
+    assert len(read) == 6
+
+
 def test_rows_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [preference(f"ex_{n}", f"Question {n}?", "Yes", "No") for n in range(25)]
     holdout = Holdout(HoldoutFiles([write(tmp_path / "held", rows)], []))
