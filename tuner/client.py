@@ -166,6 +166,7 @@ class GatewayClient:
                 "model": model,
                 "messages": as_sent(prompt.messages),
                 **tools,
+                **_template_settings(prompt.template_kwargs),
                 "temperature": 0,
                 "max_tokens": max_tokens,
                 "seed": seed,
@@ -257,6 +258,21 @@ class GatewayClient:
                 )
             self._stopped.wait(wait)
             pause = min(pause * 2, _MAX_WAIT_SECONDS)
+
+
+def _template_settings(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that give the template these variables.
+
+    `reasoning_effort` has a field of its own, and engines set `enable_thinking` by it.
+    """
+    others = dict(variables)
+    effort = others.pop("reasoning_effort", None)
+    if effort is not None and others.get("enable_thinking") is (effort != "none"):
+        del others["enable_thinking"]
+    return {
+        **({} if effort is None else {"reasoning_effort": effort}),
+        **({"chat_template_kwargs": others} if others else {}),
+    }
 
 
 def _read_reply(reply: httpx.Response) -> dict[str, Any]:

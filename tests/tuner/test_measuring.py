@@ -228,15 +228,19 @@ def test_tools_and_variables_of_a_row_are_shown_to_both_releases() -> None:
     tools = [{"type": "function", "function": {"parameters": {"z": 1, "a": 2}, "name": "f"}}]
     system = {"role": "system", "content": in_parts("Be", "kind.")}
     row = supervised("ex_1", "Question?", "Good.")
-    row |= {"tools": tools, "template_kwargs": {"reasoning_effort": "low"}}
+    variables = {"reasoning_effort": "low", "enable_thinking": True, "thinking": False}
+    row |= {"tools": tools, "template_kwargs": variables}
     row["prompt"] = [system, *row["prompt"]]
     gateway = FakeGateway()
     with gateway.client() as client:
         run_evaluation(client, subject([row]), report=quiet)
     scored = [item for body in gateway.bodies for item in body.get("items", [])]
-    assert [item["template_kwargs"] for item in scored] == [{"reasoning_effort": "low"}] * 2
+    assert [item["template_kwargs"] for item in scored] == [variables] * 2
     written = [body for body in gateway.bodies if "items" not in body]
     assert [body["tool_choice"] for body in written] == ["none", "none"]
+    for asked in written:
+        assert asked["reasoning_effort"] == "low"
+        assert asked["chat_template_kwargs"] == {"thinking": False}
     assert written[0]["messages"][0] == {"role": "system", "content": "Be\nkind."}
     for asked in [*scored, *written]:
         assert json.dumps(asked["tools"]) == json.dumps(tools)  # keys in the caller's order
