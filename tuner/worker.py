@@ -162,6 +162,7 @@ class Worker:
             monotonic=monotonic,
         )
         self._sweeping = threading.Lock()
+        self._tidying = threading.Lock()
         self._swept_at: float | None = None
         self._tidied_at: float | None = None
         self._trainer_place: int | None = None  #: descriptor of the lock, while training
@@ -194,6 +195,7 @@ class Worker:
             while not self._stopping.is_set():
                 try:
                     self.sweep()
+                    self.tidy()
                     worked = self.run_one(kinds)
                 except Exception:  # the loop's top: the database may be away for a while
                     logger.exception("Worker's turn failed", extra={"action": "worker_turn_failed"})
@@ -238,17 +240,28 @@ class Worker:
         return True
 
     def sweep(self) -> None:
-        """Queue stalled jobs again, at most four times a lease; tidy after ended ones."""
+        """Queue stalled jobs again, at most four times a lease.
+
+        Quick, because leases are kept by those who call it.
+        """
         if not self._sweeping.acquire(blocking=False):
-            return  # the other lane does
+            return  # another thread does
         try:
             self._take_back_stalled()
+        finally:
+            self._sweeping.release()
+
+    def tidy(self) -> None:
+        """Remove what ended jobs left, once a minute; as slow as the disk is."""
+        if not self._tidying.acquire(blocking=False):
+            return  # the other lane does
+        try:
             at = self._monotonic()
             if self._tidied_at is None or at - self._tidied_at >= _TIDY_SECONDS:
                 self._tidied_at = at
                 tidy_ended_jobs(self._database, self._options.data)
         finally:
-            self._sweeping.release()
+            self._tidying.release()
 
     def _take_back_stalled(self) -> None:
         at = self._monotonic()

@@ -707,12 +707,14 @@ def test_a_paused_job_keeps_its_checkpoints_until_it_is_cancelled(home: Home) ->
         jobs.request_cancel(session, jobs_left["cancelled"].id)
     for job in jobs_left.values():
         (home.data / "jobs" / job.id / "checkpoints" / "step-1").mkdir(parents=True)
-    home.worker().sweep()
+    home.worker().sweep()  # in which leases wait: it removes nothing
+    assert names_below(home.data / "jobs" / jobs_left["cancelled"].id) == {"checkpoints"}
+    home.worker().tidy()
     left = {name: names_below(home.data / "jobs" / job.id) for name, job in jobs_left.items()}
     assert left == {"paused": {"checkpoints"}, "queued": {"checkpoints"}, "cancelled": set()}
     with home.database.write() as session:
         jobs.request_cancel(session, jobs_left["paused"].id)
-    home.worker().sweep()
+    home.worker().tidy()
     assert names_below(home.data / "jobs" / jobs_left["paused"].id) == set()
 
 
@@ -732,7 +734,7 @@ def test_what_a_crash_left_goes_when_a_worker_starts_and_nothing_else(home: Home
     home.stopping.set()
     worker = home.worker()
     worker.run()
-    worker.sweep()
+    worker.tidy()
     assert names_below(store.root) == {wanted, fresh, ".incoming-2"}
     assert names_below(home.data / "datasets") == {f"{writing.id}.x.partial", "ds_ready"}
 
