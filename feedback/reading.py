@@ -7,6 +7,7 @@ does (`feedback/formats/__main__.py`), the folder of an upload (`uploads.py`).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,10 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from feedback.errors import BadRequest, TooLarge
-from feedback.formats.__main__ import ORDER, OUT_OF_MEMORY, OUTCOME
+from feedback.errors import AppError, BadRequest, TooLarge
+from feedback.formats.__main__ import CRASH, ORDER, OUT_OF_MEMORY, OUT_OF_ORDER, OUTCOME
 from feedback.formats.records import Limits
 from feedback.formats.rows import Problem, UploadError
+
+logger = logging.getLogger(__name__)
 
 _COMMAND = (sys.executable, "-P", "-m", "feedback.formats")
 _KEPT = frozenset(
@@ -81,7 +84,8 @@ class Reader:
         """Start the child and wait for its end.
 
         Raises UploadError for what the file says, TooLarge where memory or time was too little,
-        BadRequest where the child ended otherwise, and `Abandoned`.
+        BadRequest where the child ended otherwise, AppError where that is the machine's fault, and
+        `Abandoned`.
         """
         order = {
             "format": format,
@@ -151,6 +155,18 @@ class Reader:
             if code in (OUT_OF_MEMORY, -signal.SIGABRT, -signal.SIGKILL) or self._lacked_memory():
                 mib = effort.memory_bytes // 2**20
                 raise _too_much(f"{mib} MiB of memory (gateway.upload_memory_bytes)")
+            crash = self._find_crash()
+            logger.error(
+                "The reader of an upload ended with code %s",
+                code,
+                extra={"action": "upload_reader_ended", "exit_code": code, **crash},
+            )
+            if code == OUT_OF_ORDER:
+                raise AppError(
+                    f"the file can't be read now ({crash.get('error')}): this is no fault of the "
+                    "file; see the gateway's log",
+                    code="storage_failed",
+                )
             raise BadRequest(
                 f"the file ends its reader (exit code {code}); it is damaged, or no training data",
                 param="file",
@@ -161,6 +177,13 @@ class Reader:
         if "refused" in outcome:
             raise BadRequest(**outcome["refused"])
         return Outcome(**outcome)
+
+    def _find_crash(self) -> dict[str, Any]:
+        """Type and place of the error that ended the child, without words of the file."""
+        crash: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            crash = json.loads((self.folder / CRASH).read_text("utf-8"))
+        return crash
 
     def _lacked_memory(self) -> bool:
         """Whether the child's last words are of memory: where it was too little for a traceback."""

@@ -18,15 +18,19 @@ import resource
 import select
 import signal
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from feedback.errors import BadRequest
-from feedback.formats.records import Limits
+from feedback.formats.records import Limits, is_of_machine
 from feedback.formats.rows import UploadError, read_lines_of_rows
 
 ORDER, ORIGINAL, ROWS, OUTCOME = "order.json", "original", "rows.jsonl", "outcome.json"
 OUT_OF_MEMORY = 3  #: exit code
+OUT_OF_ORDER = 4  #: exit code: the disk, or what is installed, is at fault
+CRASH = "crash.json"  #: the error's type and where it was raised, without its words
 
 _NICENESS = 10  # chats go first
 _OTHER_BYTES = 1024 * 1024  # outcome and order
@@ -34,13 +38,30 @@ _OTHER_BYTES = 1024 * 1024  # outcome and order
 
 def main(folder: Path) -> int:
     """Read the upload in `folder` and write what came of it; the exit code."""
+    try:
+        return _read_order(folder)
+    except MemoryError:
+        return OUT_OF_MEMORY
+    except Exception as error:
+        with suppress(OSError):
+            (folder / CRASH).write_text(json.dumps(_describe(error)), "utf-8")
+        if isinstance(error, ImportError) or (isinstance(error, OSError) and is_of_machine(error)):
+            traceback.print_exc()
+            return OUT_OF_ORDER
+        raise
+
+
+def _describe(error: Exception) -> dict[str, Any]:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return {"error": type(error).__name__, "errno": getattr(error, "errno", None), "place": place}
+
+
+def _read_order(folder: Path) -> int:
     order = json.loads((folder / ORDER).read_text("utf-8"))
     _end_with_parent()
     _limit(order["memory_bytes"], order["seconds"], order["limits"]["bytes"])
-    try:
-        outcome = read(folder, order)
-    except MemoryError:
-        return OUT_OF_MEMORY
+    outcome = read(folder, order)
     (folder / OUTCOME).write_text(json.dumps(outcome), "utf-8")
     return 0
 

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from feedback.formats.records import MOST_COLUMNS, Limits, Record, Unreadable, describe_columns
+from feedback.formats.records import (
+    MOST_COLUMNS,
+    Limits,
+    Record,
+    Unreadable,
+    describe_columns,
+    is_of_machine,
+)
 
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData, ParquetFile
@@ -64,6 +71,8 @@ def read_parquet(file: BinaryIO, limits: Limits, wanted: Collection[str]) -> Ite
     except RecursionError:
         raise Unreadable(None, "its columns are nested too deep to be read") from None
     except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_of_machine(error):
+            raise
         raise Unreadable(None, f"not a readable parquet file: {str(error)[:200]}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,3 +57,12 @@ def describe_too_long(limits: Limits) -> str:
 def describe_columns(found: int) -> str:
     """Why a table with so many columns is refused."""
     return f"it has {found} columns, and at most {MOST_COLUMNS} are read"
+
+
+def is_of_machine(error: OSError) -> bool:
+    """Whether the disk or the system is at fault; else it is what the file made a reader do.
+
+    EINVAL is a place before the file's beginning, EFBIG the limit on what is written; libraries
+    give what is wrong with a file no number.
+    """
+    return error.errno not in (None, errno.EINVAL, errno.EFBIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from feedback.errors import AppError, BadRequest, TooLarge
+from feedback.formats import __main__ as child
 from feedback.formats.records import Limits
 from feedback.formats.rows import UploadError
 from feedback.reading import Abandoned, Effort, Outcome, Reader
@@ -163,6 +165,39 @@ def test_a_child_that_dies_is_a_refusal(endless: Path, sent: signal.Signals) -> 
     killer.join()
     assert isinstance(caught.value, TooLarge | BadRequest)
     assert caught.value.param == "file"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError(errno.ENOSPC, "no room for secret words"), 500), (KeyError("secret words"), 400)],
+)
+def test_a_fault_that_is_not_the_files_is_told_and_logged_without_its_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    code: int,
+) -> None:
+    def fail(_folder: Path) -> int:
+        raise error
+
+    monkeypatch.setattr(child, "_read_order", fail)
+
+    def run(reader: Reader, _lifeline: int, _seconds: float) -> int:
+        os.close(_lifeline)
+        try:
+            return child.main(reader.folder)
+        except Exception:
+            return 1
+
+    monkeypatch.setattr(Reader, "_run", run)
+    with pytest.raises(AppError) as caught:
+        read(tmp_path)
+    assert caught.value.status == code
+    (record,) = caplog.records
+    assert vars(record)["error"] == type(error).__name__
+    assert vars(record)["place"].startswith("test_reading.py:")
+    assert "secret" not in caught.value.message + str(vars(record))
 
 
 def test_the_child_ends_with_a_parent_that_is_killed(endless: Path) -> None:
