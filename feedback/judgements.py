@@ -369,13 +369,6 @@ def _say(
     session.flush()
     if judgement.answer_id is not None:
         touch_answers(session, [judgement.answer_id])
-    else:  # one row, however many answers the conversation has
-        session.execute(
-            update(Conversation)
-            .where(Conversation.id == judgement.conversation_id)
-            .values(revision=Conversation.revision + 1)
-            .execution_options(synchronize_session=False)
-        )
 
 
 def _sees(viewer: Viewer) -> ColumnElement[bool]:

@@ -149,7 +149,6 @@ def _conversation_values(driver: Driver, item: StartedAnswer) -> dict[str, Any]:
         "person_id": item.person_id,
         "external_id": item.external_conversation_id,
         "root_hash": item.root_hash,
-        "revision": 0,
         "created_at": driver.time(item.started_at),
     }
 

@@ -90,8 +90,6 @@ class Conversation(Base):
     person_id: Mapped[str] = mapped_column(ForeignKey("people.id", ondelete="CASCADE"))
     external_id: Mapped[str | None]  #: the client's own name for it
     root_hash: Mapped[str]  #: of the normalised first user turn: decides the side of the split
-    #: moves with judgements of it as a whole
-    revision: Mapped[int] = mapped_column(server_default="0")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
 
@@ -334,7 +332,6 @@ class Extraction(Base):
     )
     policy_hash: Mapped[str] = mapped_column(primary_key=True)
     revision: Mapped[int]  #: of the answer
-    conversation_revision: Mapped[int] = mapped_column(server_default="0")
     examples: Mapped[list[dict[str, Any]]] = mapped_column(JsonInOrder)
     drops: Mapped[list[dict[str, Any]]] = mapped_column(CanonicalJson)
 

@@ -17,15 +17,12 @@ from feedback.curation.extract import extract
 from feedback.curation.judged import Moved, list_conversation_drops, list_moved, read_judged
 from feedback.curation.policy import Policy
 from feedback.db import Database
-from feedback.tables import Answer, Comparison, Conversation, Extraction, Judgement
+from feedback.tables import Answer, Comparison, Extraction, Judgement
 
 ANSWERS_PER_PAGE = 200
 
-_CURRENT = (
-    Extraction.revision == Answer.revision,
-    Extraction.conversation_revision == Conversation.revision,
-)
-"""Condition on extractions: nothing was said about answer or conversation since."""
+_CURRENT = Extraction.revision == Answer.revision
+"""Condition on extractions: nothing was said about the answer since."""
 
 
 def extract_all(
@@ -77,8 +74,7 @@ def list_extractions(session: Session, verdict_id: str) -> Sequence[Extraction]:
     return session.scalars(
         select(Extraction)
         .join(Answer, Answer.id == Extraction.answer_id)
-        .join(Conversation, Conversation.id == Answer.conversation_id)
-        .where(Extraction.answer_id.in_(answer_ids), *_CURRENT)
+        .where(Extraction.answer_id.in_(answer_ids), _CURRENT)
         .order_by(Extraction.answer_id, Extraction.policy_hash)
     ).all()
 
@@ -118,11 +114,10 @@ def _find_extracted(
     cached = session.execute(
         select(Extraction.answer_id, Extraction.examples, Extraction.drops)
         .join(Answer, Answer.id == Extraction.answer_id)
-        .join(Conversation, Conversation.id == Answer.conversation_id)
         .where(
             Extraction.answer_id.in_([moved.answer_id for moved in page]),
             Extraction.policy_hash == policy.extraction_hash,
-            *_CURRENT,
+            _CURRENT,
         )
     )
     return {
@@ -142,7 +137,7 @@ def _store_extracted(
     they were read.
     """
     revisions = {
-        moved.answer_id: (moved.revision, moved.conversation_revision)
+        moved.answer_id: moved.revision
         for moved in page
         if moved.answer_id in fresh and moved.ended
     }
@@ -150,13 +145,12 @@ def _store_extracted(
         return
     with database.write() as session:
         current = session.execute(
-            select(Answer.id, Answer.revision, Conversation.revision)
-            .join(Conversation, Conversation.id == Answer.conversation_id)
+            select(Answer.id, Answer.revision)
             .where(Answer.id.in_(revisions))
             .order_by(Answer.id)
             .with_for_update(key_share=True, of=Answer)
         )
-        still = [name for name, *moved in current if revisions[name] == tuple(moved)]
+        still = [name for name, revision in current if revisions[name] == revision]
         revision_now = (
             select(Answer.revision).where(Answer.id == Extraction.answer_id).scalar_subquery()
         )
@@ -178,8 +172,7 @@ def _store_extracted(
                     {
                         "answer_id": answer_id,
                         "policy_hash": policy.extraction_hash,
-                        "revision": revisions[answer_id][0],
-                        "conversation_revision": revisions[answer_id][1],
+                        "revision": revisions[answer_id],
                         "examples": [item.to_json() for item in fresh[answer_id].examples],
                         "drops": [item.to_json() for item in fresh[answer_id].drops],
                     }

@@ -36,11 +36,10 @@ from feedback.tables import (
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """An answer about which something was said, its revision, and that of its conversation."""
+    """An answer about which something was said, and its revision."""
 
     answer_id: str
     revision: int
-    conversation_revision: int
     ended: bool  #: its row changes no more but by what is said about it
 
 
@@ -48,17 +47,15 @@ def list_moved(
     session: Session, deployment: str, *, after: str | None = None, limit: int
 ) -> list[Moved]:
     """Judged answers of a deployment in the order of their ids, from behind `after`."""
-    statement = (
-        select(Answer.id, Answer.revision, Conversation.revision, Answer.status)
-        .join(Conversation, Conversation.id == Answer.conversation_id)
-        .where(Answer.deployment == deployment, Answer.revision > 0)
+    statement = select(Answer.id, Answer.revision, Answer.status).where(
+        Answer.deployment == deployment, Answer.revision > 0
     )
     if after is not None:
         statement = statement.where(Answer.id > after)
     rows = session.execute(statement.order_by(Answer.id).limit(limit))
     return [
-        Moved(answer_id, revision, conversation_revision, status != AnswerStatus.STARTED)
-        for answer_id, revision, conversation_revision, status in rows
+        Moved(answer_id, revision, status != AnswerStatus.STARTED)
+        for answer_id, revision, status in rows
     ]
 
 

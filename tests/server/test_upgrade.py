@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import MetaData, Table, inspect, select, text
 
@@ -21,6 +23,7 @@ from server.auth import Scope, hash_key, load_keyring, revoke_key
 from server.settings import Settings, WorkerSettings
 from server.tables import Key
 from server.upgrade import (
+    MIGRATIONS,
     UpgradeError,
     check_schema,
     migrate,
@@ -322,6 +325,21 @@ def test_the_prompts_that_evaluations_had_kept_go_and_others_stay(empty: Databas
         left = session.execute(text("SELECT answer_id FROM answer_texts")).scalars().all()
         stored = session.execute(text("SELECT id FROM answers WHERE stored")).scalars().all()
     assert left == stored == [answer["id"]]
+
+
+def test_going_back_keeps_every_answer(empty_sqlite: Database) -> None:
+    """A table that SQLite copies to change it takes along what refers to it when it goes."""
+    migrate(empty_sqlite)
+    _fill(empty_sqlite)
+    before = _known_rows(empty_sqlite)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with empty_sqlite.write() as session:
+        config.attributes["connection"] = session.connection()
+        command.downgrade(config, "0001")
+    after = _known_rows(empty_sqlite)
+    assert set(before) - set(after) == {"idempotent_subjects"}
+    assert {name for name, rows in after.items() if not rows} == set()
 
 
 def _stored(table: Table, row: Mapping[str, Any]) -> dict[str, Any]:

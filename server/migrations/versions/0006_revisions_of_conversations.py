@@ -21,5 +21,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     for table, column in _COLUMNS:
-        with op.batch_alter_table(table) as batch:
-            batch.drop_column(column)
+        op.drop_column(table, column)  # a copy of the table would take answers along (ON DELETE)
