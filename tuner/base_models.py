@@ -88,13 +88,6 @@ def describe_base(
         )
     config = _read_json(path / "config.json")
     text_config = config.get("text_config") or config
-    generation = (
-        _read_json(path / "generation_config.json")
-        if (path / "generation_config.json").is_file()
-        else {}
-    )
-    eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
-    ends = [*(eos if isinstance(eos, list) else [eos]), _find_end_token_id(path)]
     check_one_model(path)
     template = template_hash(read_chat_template(path))
     _check_mark(path, template)
@@ -109,13 +102,30 @@ def describe_base(
             architecture=str(text_config["model_type"]),
             max_position_embeddings=int(text_config["max_position_embeddings"]),
             vocab_size=int(text_config["vocab_size"]),
-            eos_token_ids=tuple(dict.fromkeys(int(token) for token in ends if token is not None)),
+            eos_token_ids=read_end_token_ids(path, _find_end_token_id(path)),
             linear_modules=dict(_linear_modules(path)),
         )
     except KeyError as missing:
         raise BaseModelError(
             f"{path / 'config.json'} lacks {missing}: not a causal language model?"
         ) from None
+
+
+def read_end_token_ids(path: Path, tokenizer_end: int | None) -> tuple[int, ...]:
+    """The tokens at which an engine ends an answer: those declared, then the tokenizer's own.
+
+    vLLM takes them from generation_config.json, and from config.json only where there is no such
+    file. Raises `BaseModelError`.
+    """
+    if (path / "generation_config.json").is_file():
+        declared = _read_json(path / "generation_config.json").get("eos_token_id")
+    else:
+        config = _read_json(path / "config.json")
+        declared = config.get("eos_token_id")
+        if declared is None:
+            declared = (config.get("text_config") or {}).get("eos_token_id")
+    ends = [*(declared if isinstance(declared, list) else [declared]), tokenizer_end]
+    return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
 
 
 def template_hash(template: str) -> str:

@@ -69,6 +69,8 @@ def test_only_linear_layers_can_carry_an_adapter(model: Path) -> None:
 def test_generation_config_has_the_last_word_on_where_an_answer_ends(model: Path) -> None:
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert describe_base(model, "tiny").eos_token_ids == (2, 7)
+    (model / "generation_config.json").write_text("{}")  # which an engine reads alone
+    assert describe_base(model, "tiny").eos_token_ids == ()
 
 
 def test_limits_of_a_nested_text_model_are_found(tmp_path: Path) -> None:

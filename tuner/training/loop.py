@@ -52,7 +52,7 @@ from tuner.training.data import (
 from tuner.training.guards import KlSample, check_chosen_drop, check_finite, check_kl
 from tuner.training.layout import pack, sequences_of
 from tuner.training.losses import Metrics
-from tuner.training.model import TunedModel, load_tokenizer, read_end_token_ids
+from tuner.training.model import TunedModel, get_end_token_ids, load_tokenizer
 from tuner.training.objective import Objective, add_metrics
 from tuner.training.probe import build_probe
 from tuner.training.references import LogProbs, References
@@ -92,7 +92,7 @@ def train(config: TrainingConfig, emit: Emit) -> None:
     tokenizer = load_tokenizer(config.base_path)
     renderer = Renderer(
         tokenizer,
-        read_end_token_ids(config.base_path, tokenizer),
+        get_end_token_ids(config.base_path, tokenizer),
         template=replace(
             read_template(config.base_path), special_tokens=tokenizer.special_tokens_map
         ),

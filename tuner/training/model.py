@@ -19,9 +19,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuner.adapters import CONFIG_FILE, WEIGHTS_FILE, build_adapter_config
+from tuner.base_models import BaseModelError, read_end_token_ids
 from tuner.training.checkpoint import write_folder
 from tuner.training.config import ConfigError, TrainingConfig
 from tuner.training.layout import Layout, Sequence_, tree_layout
@@ -49,7 +50,7 @@ class TunedModel:
         base = _load_base(config.base_path, self.dtype)
         base.to(self.device)
         self.vocab_size: int = base.get_output_embeddings().weight.shape[0]
-        self.end_token_ids = read_end_token_ids(config.base_path, self.tokenizer)
+        self.end_token_ids = get_end_token_ids(config.base_path, self.tokenizer)
         torch.manual_seed(config.seed)
         self.target_modules = _target_modules(base, config.target_modules)
         self._peft = _add_adapter(base, config, self.target_modules)
@@ -240,20 +241,12 @@ def load_tokenizer(path: Path) -> Any:
         raise _no_model(path, error) from None
 
 
-def read_end_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
+def get_end_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
     """The tokens at which an engine ends an answer. Raises `ConfigError` where there is none."""
     try:
-        # As a loaded model has it: what the file doesn't say, the model's configuration does.
-        generation = GenerationConfig.from_pretrained(path, local_files_only=True)
-    except OSError:
-        generation = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(path, local_files_only=True)
-        )
-    declared = generation.eos_token_id
-    ids = list(declared) if isinstance(declared, list) else [declared]
-    found = tuple(
-        dict.fromkeys(int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None)
-    )
+        found = read_end_token_ids(path, tokenizer.eos_token_id)
+    except BaseModelError as error:
+        raise _no_model(path, error) from None
     if not found:
         raise ConfigError(
             "the base has no end-of-turn token: neither generation_config.json nor the tokenizer "
