@@ -81,7 +81,8 @@ def describe(
 ) -> str:
     """What one verdict teaches, from what was extracted of each answer that it is about.
 
-    "nothing: …" where nothing was made; else the kinds, then each kind that wasn't made and why.
+    "nothing: …" where nothing was made; else the kinds, then each kind that wasn't made and why. Of
+    a comparison one answer may teach nothing at all: it can be another deployment's.
     """
     found = list(made)
     examples = [
@@ -104,7 +105,11 @@ def describe(
     if not examples:
         return _describe_nothing(list(dict.fromkeys(why for _, why in reasons)))
     teaches = " and ".join(_describe_examples(examples, trained))
-    return "; ".join([teaches, *(f"no {kind}: {why}" for (kind, why) in reasons)])
+    left = (
+        f"of one answer nothing: {why}" if kind is None else f"no {kind}: {why}"
+        for kind, why in reasons
+    )
+    return "; ".join([teaches, *left])
 
 
 def _describe_nothing(reasons: Sequence[str]) -> str:
