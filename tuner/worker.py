@@ -329,8 +329,10 @@ class Worker:
                     action = "job_failed"
             if job.kind == JobKind.TUNE and action in ("job_cancelled", "job_failed"):
                 tidy_job(self._options.data / JOBS_FOLDER / job.id)
+        # A refusal's words may be an engine's, which may repeat a prompt: the job alone has them.
+        said = code if isinstance(error, GatewayError | GatewayUnreachable) else message
         logger.info(
-            "Job ended: %s", message, extra={"action": action, "job": job.id, "kind": job.kind}
+            "Job ended: %s", said, extra={"action": action, "job": job.id, "kind": job.kind}
         )
 
     @contextmanager

@@ -102,8 +102,8 @@ async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> 
         gateway.fleet.suspect(member, str(error))
         raise NotReady("the engine went away; try again", code="engine_failed") from None
     except EngineRefused as error:
-        if error.status == 404:  # it has forgotten the name
-            gateway.fleet.suspect(member, str(error))
+        if error.status == 404:  # its own words may repeat a text, and the reason is logged
+            gateway.fleet.suspect(member, f"it has forgotten {engine_name!r}")
         raise EngineFault(f"the engine refused: {error.message}", code="engine_refused") from None
     scored = iter(zip(wanted, figures, strict=True))
     items: list[dict[str, Any]] = []

@@ -134,6 +134,8 @@ def test_an_answer_has_the_id_of_its_request(
         assert reply.json()["id"] == f"chatcmpl-{number}"
     (line,) = lines.of("answer_retried")
     assert (line["request_id"], line["caller_request_id"]) == (number, "theirs")
+    # No word of the engine's, which might repeat the prompt.
+    assert (line["code"], line["status"], line.get("error")) == ("engine_error", 502, None)
 
 
 def test_requests_at_once_keep_their_ids_apart(

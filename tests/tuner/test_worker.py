@@ -786,15 +786,19 @@ def test_a_stopping_worker_gives_its_evaluation_back_while_the_gateway_is_silent
     ],
 )
 def test_an_evaluation_that_the_gateway_refuses_says_so(
-    home: Home, path: str, status: int, code: str
+    home: Home, path: str, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluation, job = home.evaluate()
-    error = {"message": "no", "code": "not_found" if status == 404 else None}
+    error = {"message": "a zyzzyva", "code": "not_found" if status == 404 else None}
     home.gateway.failing[path] = httpx.Response(
         status, json={"error": error}, headers={"retry-after": "30"}
     )
-    home.worker().run_one()
+    with caplog.at_level("INFO"):
+        home.worker().run_one()
     assert home.job(job).error_code == code
+    assert "Job ended" in caplog.text
+    assert "zyzzyva" in str(home.job(job).error_message)
+    assert "zyzzyva" not in caplog.text  # an engine's words may repeat a prompt
     with home.database.read() as session:
         found = session.get_one(Evaluation, evaluation.id)
         assert (found.decision, found.error) == (None, home.job(job).error_message)
