@@ -24,7 +24,8 @@ says better, worse or neither; a *sanity check* holds what the candidate writes 
 Rows about the same prompt count as one unit (their differences are averaged), because they aren't
 independent. The tests are permutation tests, exact where that is cheap: they assume nothing about
 the figures' distribution and hold for the six holdout prompts of a person with forty corrections.
-With fewer than five units no outcome can be significant at 0.05, and the check says so.
+With fewer than five units no outcome can be significant at 0.05, nor with fewer than twenty ways to
+choose the liked among them where liked and disliked are compared; the check says so.
 """
 
 from __future__ import annotations
@@ -440,6 +441,8 @@ def _judge(
     if units is not None and 0.5**units > significance:
         needed = math.ceil(-math.log2(significance))
         return Decision.INCONCLUSIVE, f"{_prompts(units)} can't tell, at least {needed} are needed"
+    if units is None and test.smallest_p > significance:
+        return Decision.INCONCLUSIVE, "so few prompts can't tell, whatever the difference"
     if abs(difference) < test.smallest:
         return Decision.INCONCLUSIVE, f"a difference too small to count{over}"
     if difference < 0:

@@ -142,6 +142,14 @@ def test_reasons_say_how_many_prompts_are_missing() -> None:
     assert "better over 6 prompts (p = 0.016)" in verdict.reasons[0]
 
 
+def test_too_few_liked_and_disliked_answers_are_told_whatever_moved() -> None:
+    """Two of each can be ordered in six ways, three of each in twenty."""
+    few = decide(Figures(labelled=labelled([1.0, 1.1], [-1.0, -1.1])))
+    assert "so few prompts can't tell" in few.reasons[0]
+    enough = decide(Figures(labelled=labelled([1.0, 1.1, 1.2], [-1.0, -1.1, -1.2])))
+    assert enough.decision == Decision.PASS
+
+
 def test_reasons_name_the_adjusted_p_value_and_what_it_was_adjusted_for() -> None:
     both = Figures(nll=nll(*[0.3] * 6), margins=margins(*[(1.0, -1.0)] * 6))
     reasons = decide(both).reasons
