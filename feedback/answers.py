@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from feedback.db import canonical_json
 from feedback.errors import NotFound
+from feedback.formats.messages import texts_of
 from feedback.normal_form import normalise
 from feedback.people import Viewer
 from feedback.tables import (
@@ -51,12 +52,7 @@ def text_of(content: Any) -> str:
 
     Engines join the parts in the same way.
     """
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        texts = (part.get("text") for part in content if isinstance(part, Mapping))
-        return "\n".join(text for text in texts if text)
-    return ""
+    return "\n".join(texts_of(content))
 
 
 class MessagesHash:

@@ -22,7 +22,7 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from feedback.formats.messages import parse_arguments
+from feedback.formats.messages import parse_arguments, texts_of
 
 Message = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ class ChatTemplate:
         answered = whole[len(asked) :]
         if not whole.startswith(asked):
             raise AnswerRewritten("it writes other text before the answer than before it is given")
-        if "\n".join(_texts(answer.get("content"))).strip() not in answered:
+        if "\n".join(texts_of(answer.get("content"))).strip() not in answered:
             raise AnswerRewritten("it leaves out part of the answer")
         return asked, answered
 
@@ -169,7 +169,7 @@ def without_end(completion: Sequence[int]) -> tuple[int, ...]:
 
 def _template_message(message: Message, *, as_parts: bool) -> dict[str, Any]:
     role = message["role"]
-    texts = _texts(message.get("content"))
+    texts = texts_of(message.get("content"))
     if role == "system":
         texts = _without_first_line(texts)
     content: Any = "\n".join(texts)
@@ -191,12 +191,6 @@ def _template_message(message: Message, *, as_parts: bool) -> dict[str, Any]:
     if role == "developer":
         made["tools"] = None
     return made
-
-
-def _texts(content: Any) -> list[str]:
-    if isinstance(content, list):
-        return [str(part.get(part.get("type", "text"), "")) for part in content]
-    return [] if content is None else [str(content)]
 
 
 def _without_first_line(texts: list[str]) -> list[str]:
@@ -239,7 +233,7 @@ def _join_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     system = [message for message in messages if message["role"] == "system"]
     if len(system) == 1 and messages[0]["role"] == "system":
         return messages
-    texts = ["\n".join(_texts(message["content"])) for message in system]
+    texts = ["\n".join(texts_of(message["content"])) for message in system]
     joined = {"role": "system", "content": "\n\n".join(filter(None, texts))}
     return [joined, *(message for message in messages if message["role"] != "system")]
 

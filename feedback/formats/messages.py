@@ -168,11 +168,25 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
     return dict(call)
 
 
+def texts_of(content: Any) -> list[str]:
+    """The texts of a message's `content`: of a string itself, of a list what its parts say.
+
+    Refusals are said too. Parts that say nothing are left out, as an engine leaves them out.
+    """
+    if isinstance(content, str):
+        return [content]
+    parts = content if isinstance(content, list) else []
+    said = (
+        part.get("refusal" if part.get("type") == "refusal" else "text")
+        for part in parts
+        if isinstance(part, Mapping)
+    )
+    return [text for text in said if isinstance(text, str) and text]
+
+
 def join_parts(content: Any) -> Any:
-    """A list of text parts as one text, part by line; any other content as it is."""
-    if not isinstance(content, list):
-        return content
-    return "\n".join(str(part.get(part.get("type", "text")) or "") for part in content)
+    """A list of parts as one text, part by line; any other content as it is."""
+    return "\n".join(texts_of(content)) if isinstance(content, list) else content
 
 
 def as_sent(messages: Sequence[Mapping[str, Any]]) -> list[Message]:

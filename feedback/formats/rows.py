@@ -6,11 +6,11 @@ how many problems are told. Does not own: where the rows go (`__main__.py`, `fee
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from feedback.canonical import json_in_order
 from feedback.errors import BadRequest
 from feedback.formats.containers import Container, detect_container, read_records
 from feedback.formats.records import Limits, Record, Unreadable
@@ -26,10 +26,6 @@ from feedback.formats.shapes import (
 
 FORMATS = (*(str(name) for name in Format), *(str(name) for name in Container))
 MOST_PROBLEMS = 10
-
-# Keys stay in the order in which people sent them: the order of arguments and tools is what the
-# model reads.
-_AS_SENT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +155,7 @@ class _State:
             )
         come = 0
         for row in build_rows(shape, value):
-            line = _AS_SENT.encode(row).encode() + b"\n"
+            line = json_in_order(row).encode() + b"\n"
             self.rows += 1
             self._bytes += len(line)
             come += len(line)

@@ -21,6 +21,7 @@ from feedback.answers import (
 from feedback.comparisons import NewComparison, compare
 from feedback.db import Database, Driver
 from feedback.errors import NotFound
+from feedback.formats.messages import join_parts
 from feedback.judgements import NewJudgement, judge
 from feedback.recording import EndedAnswer, interrupt_started, record_ended
 from feedback.tables import (
@@ -34,6 +35,15 @@ from feedback.tables import (
     Judgement,
 )
 from tests.feedback.record import ask, make_viewer, turns
+
+
+def test_conversations_that_differ_in_a_refusal_are_two() -> None:
+    one, other = (
+        [{"role": "assistant", "content": [{"type": "refusal", "refusal": text}]}]
+        for text in ("I can't.", "I won't.")
+    )
+    assert messages_hash("p", one) != messages_hash("p", other)
+    assert text_of(one[0]["content"]) == join_parts(one[0]["content"]) == "I can't."
 
 
 def test_the_text_of_parts_has_a_line_for_each() -> None:
