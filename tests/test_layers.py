@@ -118,4 +118,4 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are() -> None:
         [sys.executable, "-P", script, "fats"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "no layer 'fats': expected one of fast, training" in done.stderr
+    assert "no layer 'fats': expected one of fast, processes, training" in done.stderr

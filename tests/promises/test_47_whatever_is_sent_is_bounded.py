@@ -6,6 +6,7 @@ within a second of the gateway's time and within 64 MiB, while others are answer
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ CORPORA = {
 }
 MOST_SECONDS = 1.0
 MOST_MIB = 64.0
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -88,31 +89,33 @@ def test_others_are_answered_meanwhile(attacked: Attacked, figures: Figures) -> 
     target = attacked.target
 
     def ask() -> float:
-        runs = [
-            ask_at_rate(target.url, "assistant", target.key, requests=asked) for _ in range(ROUNDS)
-        ]
-        assert [(run["ends"], run["failures"]) for run in runs] == [(asked, 0)] * ROUNDS
-        return statistics.median(run["p95_ms"] for run in runs)
+        run = ask_at_rate(target.url, "assistant", target.key, requests=asked)
+        assert (run["ends"], run["failures"]) == (asked, 0)
+        return float(run["p95_ms"])
 
-    alone = ask()
-    with _attacking(target, [h for corpus in CORPORA.values() for h in corpus]):
-        ratio = ask() / alone
+    ratios = []
+    inputs = itertools.cycle(h for corpus in CORPORA.values() for h in corpus)
+    for _ in range(
+        ROUNDS if is_full() else 1
+    ):  # side by side: the machine is not the same from minute to minute
+        alone = ask()
+        with _attacking(target, inputs):
+            beside = ask()
+        ratios.append(2 * beside / (alone + ask()))
+    ratio = statistics.median(ratios)
     figures(p95_ratio=round(ratio, 2))
     if is_full():  # a busy machine says nothing about it
         assert ratio <= 1.2
 
 
 @contextmanager
-def _attacking(target: Target, inputs: list[Hostile]) -> Iterator[None]:
+def _attacking(target: Target, inputs: Iterator[Hostile]) -> Iterator[None]:
     """Send one hostile input after the other until the block ends, twice a second."""
     ended = threading.Event()
 
     def attack() -> None:
-        while True:
-            for hostile in inputs:
-                hostile.send(target)
-                if ended.wait(0.5):
-                    return
+        while not ended.wait(0.5):
+            next(inputs).send(target)
 
     attacker = threading.Thread(target=attack)
     attacker.start()
