@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 MOST_REASON_CHARACTERS = 200
+_MOST_READ = 600  #: of an engine's words: the search for places takes the square of it
 
 _PAGE = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 _TITLE = re.compile(r"<title[^>]*>([^<]*)", re.IGNORECASE)
@@ -25,6 +26,7 @@ _PLACE = re.compile(
 
 def in_public(words: str) -> str:
     """`words` in few characters, without addresses, paths of files and proxies' pages."""
+    words = words[:_MOST_READ]
     if _PAGE.search(words):
         title = _TITLE.search(words)
         words = f"a page of HTML ({title[1].strip()})" if title else "a page of HTML"
