@@ -1,16 +1,18 @@
 """Records answers: rows for many requests at once, in as few statements as there are tables.
 
-Owns: how an answer begins and ends in the database, and which conversation it is put into. Every
-answer pays for these statements, so they are written out and run by the driver: what SQLAlchemy
-does around a statement took two thirds of a group's time. Does not own: when groups are committed
+Owns: how an answer begins and ends in the database, and which conversation it is put into. An
+answer whose beginning nobody saw (a plain one) comes as one row, at its end. Every answer pays for
+these statements, so they are written out and run by the driver: what SQLAlchemy does around a
+statement took two thirds of a group's time. Does not own: when groups are committed
 (`server/writer.py`), who reads answers (`answers.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import select, text, update
@@ -39,7 +41,7 @@ GATEWAY_STOPPED = "gateway_stopped"
 
 @dataclass(slots=True)
 class StartedAnswer:
-    """A request that is about to be sent to an engine; the fields are those of `Answer`."""
+    """A request that an engine is asked; the fields are those of `Answer`."""
 
     id: str
     person_id: str
@@ -88,6 +90,8 @@ class EndedAnswer:
     completion_tokens: int | None = None
     first_token_at: datetime | None = None
     ended_at: datetime = field(default_factory=now)
+    start: StartedAnswer | None = None  #: None: it is recorded
+    start_may_be_there: bool = False  #: it was sent before, and nobody knows what became of it
 
     def says_only(self, error_code: str) -> bool:
         """Whether it has nothing but a failure of that code."""
@@ -98,8 +102,12 @@ class EndedAnswer:
         )
 
 
-def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
-    """Insert `batch` as `started`, each in its conversation."""
+def record_started(
+    driver: Driver,
+    batch: Sequence[StartedAnswer],
+    ends: Mapping[str, EndedAnswer] = MappingProxyType({}),
+) -> None:
+    """Insert `batch`, each in its conversation, as `started` or as what `ends` says by id."""
     answers: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
@@ -122,7 +130,9 @@ def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
             conversations.append(new)
         regenerates = before[0] if before is not None and before[1] == conversation_id else None
         same_prefix[item.person_id, item.prefix_hash] = (item.id, conversation_id)
-        answers.append(_answer_values(driver, item, conversation_id, regenerates))
+        end = ends.get(item.id)
+        values = _answer_values(driver, item, conversation_id, regenerates)
+        answers.append(values if end is None else values | _end_values(driver, end))
         if item.stored:
             tools = None if item.tools is None else json_in_order(item.tools)
             texts.append(
@@ -130,17 +140,57 @@ def record_started(driver: Driver, batch: Sequence[StartedAnswer]) -> None:
                     "answer_id": item.id,
                     "messages": json_in_order(item.messages),
                     "tools": tools,
-                    "choices": None,
-                    "reasoning": None,
+                    **_NOTHING_SAID,
+                    **({} if end is None else _said_values(end)),
                 }
             )
             pairs += [
                 {"answer_id": item.id, "key": k, "value": v} for k, v in item.metadata.items()
             ]
     driver.insert(Conversation, conversations)
-    driver.insert(Answer, answers)
-    driver.insert(AnswerText, texts)
-    driver.insert(AnswerMetadata, pairs)
+    # A connection that broke during COMMIT may still commit what was sent again meanwhile.
+    again = any(end.start_may_be_there for end in ends.values())
+    driver.insert(Answer, answers, unless_there=again)
+    driver.insert(AnswerText, texts, unless_there=again)
+    driver.insert(AnswerMetadata, pairs, unless_there=again)
+    _insert_continuations(driver, ends.values(), unless_there=again)
+
+
+_NOTHING_SAID = {"choices": None, "reasoning": None}
+
+
+def _said_values(item: EndedAnswer) -> dict[str, Any]:
+    return {
+        "choices": canonical_json(item.choices),
+        "reasoning": None if item.reasoning is None else canonical_json(item.reasoning),
+    }
+
+
+def _end_values(driver: Driver, item: EndedAnswer) -> dict[str, Any]:
+    return {
+        "status": item.status.value,
+        "error_code": item.error_code,
+        "engine": item.engine,
+        "prompt_tokens": item.prompt_tokens,
+        "completion_tokens": item.completion_tokens,
+        "first_token_at": driver.time(item.first_token_at),
+        "ended_at": driver.time(item.ended_at),
+    }
+
+
+def _insert_continuations(
+    driver: Driver, batch: Iterable[EndedAnswer], *, unless_there: bool = False
+) -> None:
+    driver.insert(
+        AnswerContinuation,
+        [
+            {"answer_id": item.id, "choice_index": choice["index"], "hash": name}
+            for item in batch
+            if item.stored
+            for choice, name in zip(item.choices, item.hashes, strict=True)
+        ],
+        unless_there=unless_there,
+    )
 
 
 def _conversation_values(driver: Driver, item: StartedAnswer) -> dict[str, Any]:
@@ -194,29 +244,26 @@ def _numbers_of(sampling: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:
-    """Write how the answers of `batch` ended.
+    """Write how the answers of `batch` ended, and that they began where that isn't recorded.
 
     An answer that has ended before stays as it is, but for one that was ended as a stopped
     gateway's: this end proves that its gateway lives.
     """
+    there = _find_there(driver, [item.id for item in batch if item.start_may_be_there])
+    whole = {
+        item.id: item for item in reversed(batch) if item.start is not None and item.id not in there
+    }
+    if whole:
+        record_started(driver, [item.start for item in whole.values() if item.start], whole)
+        batch = [item for item in batch if item.id not in whole]
+    if not batch:
+        return
     awaited = _find_awaited(driver, [item.id for item in batch])
     ending = {item.id: item for item in reversed(batch) if item.id in awaited}
     driver.run(
         "UPDATE answers SET status = ?, error_code = ?, engine = ?, prompt_tokens = ?, "
         "completion_tokens = ?, first_token_at = ?, ended_at = ? WHERE id = ?",
-        [
-            (
-                item.status.value,
-                item.error_code,
-                item.engine,
-                item.prompt_tokens,
-                item.completion_tokens,
-                driver.time(item.first_token_at),
-                driver.time(item.ended_at),
-                item.id,
-            )
-            for item in ending.values()
-        ],
+        [(*_end_values(driver, item).values(), item.id) for item in ending.values()],
     )
     # What was extracted from a judged one while it counted as interrupted holds no longer.
     driver.run(
@@ -226,23 +273,9 @@ def record_ended(driver: Driver, batch: Sequence[EndedAnswer]) -> None:
     kept = [item for item in ending.values() if item.stored]
     driver.run(
         "UPDATE answer_texts SET choices = ?, reasoning = ? WHERE answer_id = ?",
-        [
-            (
-                canonical_json(item.choices),
-                None if item.reasoning is None else canonical_json(item.reasoning),
-                item.id,
-            )
-            for item in kept
-        ],
+        [(*_said_values(item).values(), item.id) for item in kept],
     )
-    driver.insert(
-        AnswerContinuation,
-        [
-            {"answer_id": item.id, "choice_index": choice["index"], "hash": name}
-            for item in kept
-            for choice, name in zip(item.choices, item.hashes, strict=True)
-        ],
-    )
+    _insert_continuations(driver, kept)
 
 
 def record_undelivered(driver: Driver, answer_ids: Iterable[str]) -> None:
@@ -352,6 +385,15 @@ def _lock_conversations(
     marks = ", ".join("?" * len(ids))
     statement = f"SELECT id FROM conversations WHERE id IN ({marks}){lock}"
     return {conversation for (conversation,) in driver.rows(statement, tuple(sorted(ids)))}
+
+
+def _find_there(driver: Driver, ids: Sequence[str]) -> set[str]:
+    """Those of `ids` that have a row."""
+    if not ids:
+        return set()
+    marks = ", ".join("?" * len(ids))
+    found = driver.rows(f"SELECT id FROM answers WHERE id IN ({marks})", tuple(ids))
+    return {name for (name,) in found}
 
 
 def _find_awaited(driver: Driver, ids: Sequence[str]) -> dict[str, str]:

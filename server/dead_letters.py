@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_WITHOUT_TEXT: dict[str, Any] = {"choices": [], "reasoning": None, "start": None}
+
 _BEGINS = re.compile(rb'\{"id": "(\w+)"')
 """How a letter begins, by which half a one is known."""
 
 
 def add_letter(path: Path, end: Mapping[str, Any]) -> None:
     """Add the end of an answer, without its text where that was not to be stored."""
-    letter = dict(end) if end.get("stored", True) else {**end, "choices": [], "reasoning": None}
+    letter = dict(end) if end.get("stored", True) else {**end, **_WITHOUT_TEXT}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path, os.O_CREAT) as file:
         _append_line(file.fileno(), json.dumps(letter, default=str).encode())

@@ -1,9 +1,10 @@
 """One answer's way from the engine to the client, with its record.
 
 Owns: the request to the engine, the hold of the end until it is committed, what the client is sent.
-Covered: the client that goes away, the engine that dies before and after the first token, a commit
-that fails. Does not own: what the engine's bytes say (`heard.py`), which release answers
-(`routing.py`), how rows are written (`recorder.py`).
+A plain answer is one row, written at its end; the start of a streamed one is committed while the
+engine is asked, before its first byte leaves. Covered: the client that goes away, the engine that
+dies before and after the first token, a commit that fails. Does not own: what the engine's bytes
+say (`heard.py`), which release answers (`routing.py`), how rows are written (`recorder.py`).
 
 Nothing is sent to the client before the first token is there: until then another engine may take
 over, and a failure has a status of its own.
@@ -24,7 +25,7 @@ from starlette.types import Receive, Send
 
 from feedback.answers import MessagesHash
 from feedback.errors import AppError, NotReady
-from feedback.recording import EndedAnswer, StartedAnswer
+from feedback.recording import NOT_RECORDED, EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
 from server.engines.base import EngineReply, EngineUnreachable
 from server.engines.fleet import Fleet, Member
@@ -50,7 +51,7 @@ from server.heard import (
 )
 from server.limits import Account
 from server.metrics import Figures
-from server.recorder import NotRecorded, Recorder
+from server.recorder import NotRecorded, NotSent, Recorder, RefersToNothing
 from server.tracing import CLIENT_LEFT, Trace
 
 logger = logging.getLogger(__name__)
@@ -156,8 +157,7 @@ def stopping() -> NotReady:
 class Relay:
     """The answer to one exchange.
 
-    The row is `started` before this object exists. Whatever happens here, the row ends as complete,
-    interrupted or failed, exactly once.
+    Whatever happens here, its row says in the end that it is complete, interrupted or failed.
     """
 
     def __init__(
@@ -170,10 +170,12 @@ class Relay:
         engine_timeout: float,
         figures: Figures,
         began: float,
+        on_missing_person: Callable[[], None],
         charge: Callable[[int], None] | None = None,
         trace: Trace | None = None,
     ) -> None:
         self._exchange = exchange
+        self._on_missing_person = on_missing_person
         self._fleet = fleet
         self._recorder = recorder
         self._commit_timeout = commit_timeout
@@ -184,6 +186,8 @@ class Relay:
         self._times = Times(began)
         self._names = names_of(exchange.engine_name, exchange.public_name)
         self._forget()
+        self._starting: asyncio.Task[NotRecorded | None] | None = None  #: a stream's start
+        self._start: StartedAnswer | None = exchange.started  #: None: it is recorded
         self._recorded = False
         self._client_left = False
         self._unsent: EndedAnswer | None = None  #: an end that is recorded and not yet sent
@@ -198,6 +202,8 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         timer = loop.call_later(WATCH_AFTER_SECONDS, watch.begin, task)
+        if self._exchange.stream:
+            self._starting = loop.create_task(self._record_start())
         try:
             await self._answer(reply)
         except asyncio.CancelledError:
@@ -212,6 +218,8 @@ class Relay:
         finally:
             timer.cancel()
             watch.end()
+            if self._starting is not None:
+                self._starting.cancel()  # the end says how it began, where that isn't there yet
             self._interrupt(CLIENT_LEFT)
             if self._trace is not None:
                 self._trace.answered(
@@ -259,6 +267,39 @@ class Relay:
             return counted
         pieces = sum(map(len, self._heard.texts.values()))
         return pieces + (len(self._exchange.body) // 4 if pieces else 0)
+
+    async def _record_start(self) -> NotRecorded | None:
+        """Returns after COMMIT: None, or why there was none."""
+        committing = time.perf_counter()
+        try:
+            await self._recorder.record(self._exchange.started, self._commit_timeout)
+        except NotRecorded as error:
+            return error
+        finally:
+            if self._trace is not None:
+                self._trace.committed(time.perf_counter() - committing)
+        self._start = None
+        return None
+
+    async def _wait_for_start(self) -> None:
+        """Of a stream nothing leaves before its start is recorded. Raises NotReady."""
+        starting, self._starting = self._starting, None
+        error = None if starting is None else await starting
+        if error is None:
+            return
+        self._recorded = True
+        if not isinstance(error, NotSent):  # the row may still get there, and nobody answers it
+            started = self._exchange.started
+            failed = EndedAnswer(started.id, AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
+            self._recorder.record_soon(failed)
+        raise self._refuse(error, "the request could not be recorded; try again")
+
+    def _refuse(self, error: NotRecorded, message: str) -> NotReady:
+        """What a client is told whose answer is not recorded."""
+        self._figures.not_recorded.add()
+        if isinstance(error, RefersToNothing):
+            self._on_missing_person()  # an erasure elsewhere has taken their row
+        return NotReady(message, code=NOT_RECORDED)
 
     async def _answer(self, reply: Reply) -> None:
         try:
@@ -407,6 +448,7 @@ class Relay:
                     if passed and self._heard.first_token_at is not None:
                         if not client.begun:
                             self._times.first_token = time.perf_counter()
+                            await self._wait_for_start()
                             await client.start(200, _STREAM_HEADERS)
                         await client.send(bytes(passed), more=True)
                         passed.clear()
@@ -490,11 +532,9 @@ class Relay:
             await self._recorder.record(ended, self._commit_timeout)
             status = ended.status
             self._unsent = ended if status is AnswerStatus.COMPLETE else None
-        except NotRecorded:
-            self._figures.not_recorded.add()
-            raise NotReady(
-                "the answer could not be recorded and is withheld; try again", code="not_recorded"
-            ) from None
+        except NotRecorded as error:
+            why = "the answer could not be recorded and is withheld; try again"
+            raise self._refuse(error, why) from None
         finally:
             self._count_end(status)
             if self._trace is not None:
@@ -525,6 +565,8 @@ class Relay:
             prompt_tokens=count_in(usage, "prompt_tokens"),
             completion_tokens=count_in(usage, "completion_tokens"),
             first_token_at=self._heard.first_token_at,
+            start=self._start,
+            start_may_be_there=self._start is not None and self._exchange.stream,
         )
 
     async def _fail(self, client: Reply, error: AppError) -> None:

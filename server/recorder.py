@@ -33,6 +33,7 @@ from server.writer import (
     Report,
     Setup,
     Writer,
+    as_sent_before,
     as_undelivered,
     ended_json,
     report_json,
@@ -49,7 +50,9 @@ RESTART_SECONDS = 1.0
 MOST_UNDER_WAY = 2  #: portions of rows that are with the writer
 
 
-NO_REPORT = Report([], [], None, 0, 0, 0, 0)
+STALLED_SECONDS = 1.0  #: a group takes milliseconds; after that long the writer waits for a lock
+
+NO_REPORT = Report([], [], None, 0, 0, 0, 0, away=False)
 
 
 class NotRecorded(Exception):
@@ -180,6 +183,21 @@ class Recorder:
         finally:
             timer.cancel()
 
+    async def check(self, timeout_seconds: float) -> None:
+        """Returns where the writer can write, as far as is known; raises NotSent where it can't.
+
+        Known is its last commit, and how long it has said nothing of what it has. Waits only for a
+        writer that is being started.
+        """
+        link = self._link
+        if link is None:
+            await self._wait_for_writer(None, asyncio.get_running_loop().time() + timeout_seconds)
+            return
+        if self._last.away:
+            raise NotSent("the database is away")
+        if link.unsent_bytes > MOST_UNSENT_BYTES or link.silent_seconds() > STALLED_SECONDS:
+            raise NotSent("the writer is too far behind")
+
     def record_soon(self, row: EndedAnswer) -> None:
         """Have a row written whose commit nobody waits for: the client has gone."""
         if self._link is None:
@@ -187,7 +205,9 @@ class Recorder:
         else:
             self._send(row, None)
 
-    async def _wait_for_writer(self, row: StartedAnswer | EndedAnswer, deadline: float) -> None:
+    async def _wait_for_writer(
+        self, row: StartedAnswer | EndedAnswer | None, deadline: float
+    ) -> None:
         try:
             async with asyncio.timeout_at(deadline):
                 while self._link is None:
@@ -343,10 +363,11 @@ class Recorder:
         while self._owed and self._link is not None:
             owed = self._owed.popleft()
             assert isinstance(owed.row, EndedAnswer)
+            row = as_sent_before(owed.row)
             if owed.is_awaited:
-                self._send(owed.row, owed.done)  # the one that died may have: then it stays so
+                self._send(row, owed.done)  # the one that died may have: then it stays so
                 continue
-            self._send(as_undelivered(owed.row), None)
+            self._send(as_undelivered(row), None)
             if owed.row.status is AnswerStatus.COMPLETE:
                 self.take_back(owed.row)
 
@@ -386,7 +407,9 @@ class _Link(asyncio.Protocol):
         self._unsent: dict[int, tuple[bytes, bytes]] = {}  #: head and body by number, in order
         self._queued_bytes = 0  #: of `_unsent`
         self._sent = self._settled = 0  # rows
-        self._under_way: deque[int] = deque()  # how many rows were sent by the end of each portion
+        #: how many rows were sent by the end of each portion, and when it was written
+        self._under_way: deque[tuple[int, float]] = deque()
+        self._heard_at = 0.0
         self._transport: asyncio.Transport | None = None
         self.ready = asyncio.Event()
         self.ended = asyncio.Event()
@@ -418,7 +441,7 @@ class _Link(asyncio.Protocol):
 
     def _write(self) -> None:
         assert self._transport is not None
-        self._under_way.append(self._sent)
+        self._under_way.append((self._sent, self._loop.time()))
         self._transport.write(b"".join(chain.from_iterable(self._unsent.values())))
         self._unsent.clear()
         self._queued_bytes = 0
@@ -427,6 +450,12 @@ class _Link(asyncio.Protocol):
     def unsent_bytes(self) -> int:
         assert self._transport is not None
         return self._queued_bytes + self._transport.get_write_buffer_size()
+
+    def silent_seconds(self) -> float:
+        """For how long the writer has had rows without saying anything."""
+        if not self._under_way:
+            return 0.0
+        return self._loop.time() - max(self._under_way[0][1], self._heard_at)
 
     def finish(self) -> None:
         """Nothing more is sent; what comes is still heard."""
@@ -443,13 +472,14 @@ class _Link(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
         lines = (self._received + data).split(b"\n")
         self._received = lines.pop()
         for line in lines:
             report = report_json.validate_json(line)
             self._settled += report.settled
             self._recorder._settle(report)
-        while self._under_way and self._under_way[0] <= self._settled:
+        while self._under_way and self._under_way[0][0] <= self._settled:
             self._under_way.popleft()
         self._flush()
         self.ready.set()

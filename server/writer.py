@@ -96,6 +96,7 @@ class Report:
     committed: int  #: rows since the start
     lost: int  #: rows that went to the dead-letter file since the start
     kept: int  #: rows that wait for a database that is away
+    away: bool  #: the last commit did not reach the database
     refers_to_nothing: bool = False  #: refused because what a row refers to is gone
 
 
@@ -173,12 +174,25 @@ class Writer:
             self._commit(group)
         if self._kept and not (group and self._away):
             self._commit_kept()
+        elif self._away and not group:
+            self._look_for_database()
+
+    def _look_for_database(self) -> None:
+        """Whether it is back: while the gateway believes it away, nothing comes that would show."""
+        try:
+            with self._writing.transaction(durable=True):
+                pass
+        except Exception as error:
+            self._log_failure(error, 0, again=True)
+        else:
+            self._away = False
+            self._tell([], None)
 
     def _read(self, *, wait: bool) -> None:
-        """Take in what the gateway has sent. Waits for it, but not for ever while rows are kept."""
+        """Take in what the gateway has sent. Waits for it, but not for ever while it is away."""
         if self._closed:
             return
-        if wait and self._kept:
+        if wait and (self._kept or self._away):
             readable, _, _ = select.select([self._gateway], [], [], RETRY_SECONDS)
             wait = bool(readable)
         while True:
@@ -239,8 +253,9 @@ class Writer:
             self._log_failure(error, len(group), again=away and self._away)
             self._away = away
             self._forget(group)
-            kept = [entry for entry in group if self._was_kept(entry, away=away)]
-            self._report(group, str(error), kept, refers_to_nothing=_refers_to_nothing(error))
+            gone = _refers_to_nothing(error)
+            kept = [entry for entry in group if self._was_kept(entry, away=away, gone=gone)]
+            self._report(group, str(error), kept, refers_to_nothing=gone)
         else:
             self._away = False
             self.committed += sum(not isinstance(entry.row, TakenBack) for entry in group)
@@ -284,23 +299,30 @@ class Writer:
             if taken_back:
                 record_undelivered(driver, taken_back)
 
-    def _was_kept(self, entry: _Entry, *, away: bool) -> bool:
+    def _was_kept(self, entry: _Entry, *, away: bool, gone: bool) -> bool:
         """Keep a row that was not written for later, or put it into the dead-letter file.
 
         Its client is told that it is not recorded. What takes an end back, or says of one that it
         could not be written, is kept until it is, however often that fails: it is small, and there
-        is no more of it than requests that ran at once.
+        is no more of it than requests that ran at once. Of a person who is `gone` nothing is kept.
         """
         row = entry.row
         if isinstance(row, StartedAnswer):
             return False  # of a start nothing was answered
+        if (
+            isinstance(row, EndedAnswer)
+            and row.start is not None
+            and not away
+            and (gone or row.says_only(NOT_RECORDED))
+        ):
+            return False  # nothing may be kept of it, or not even that can be written
         if isinstance(row, TakenBack) or row.says_only(NOT_RECORDED):
             self._keep(entry)
             return True
         # A connection that broke during COMMIT leaves open whether that was done.
         entry.undelivered = entry.undelivered or (away and row.status is AnswerStatus.COMPLETE)
         if not away or len(self._kept) >= MOST_KEPT:
-            self._bury(asdict(entry.due()))
+            self._bury(asdict(entry.due()), row.start)
             if entry.undelivered:
                 self._queue.append(_Entry(0, TakenBack(row.id), was_kept=True))
             return False
@@ -308,8 +330,9 @@ class Writer:
         return True
 
     def _keep(self, entry: _Entry) -> None:
-        # Not the entry itself: the group's report is to know that it was new.
-        kept = _Entry(entry.number, entry.due(), was_kept=True)
+        # Not the entry itself: the group's report is to know that it was new. A connection that
+        # broke may have committed it.
+        kept = _Entry(entry.number, as_sent_before(entry.due()), was_kept=True)
         kept.undelivered = entry.undelivered
         self._kept.append(kept)
 
@@ -321,10 +344,13 @@ class Writer:
             size = min(self._largest_group, before)
             self._commit([self._kept.popleft() for _ in range(size)])
 
-    def _bury(self, end: dict[str, Any]) -> None:
+    def _bury(self, end: dict[str, Any], start: StartedAnswer | None = None) -> None:
         """Keep the end of an answer that was refused for a person to look at; its row says so."""
         self.lost += 1
         failed = EndedAnswer(str(end["id"]), AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
+        if start is not None:  # what was refused may have been one of its texts
+            failed.start = replace(start, stored=False, messages=[], tools=None, metadata={})
+            failed.start_may_be_there = True
         self._queue.append(_Entry(0, failed, was_kept=True))
         try:
             add_letter(self._dead_letters, end)
@@ -365,6 +391,7 @@ class Writer:
             committed=self.committed,
             lost=self.lost,
             kept=len(self._kept),
+            away=self._away,
             refers_to_nothing=refers_to_nothing,
         )
         with contextlib.suppress(OSError):  # it has gone, and nobody waits any more
@@ -375,6 +402,13 @@ def as_undelivered(row: AnyRow) -> AnyRow:
     """The row of an answer whose end the client was not sent after all."""
     if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
         return replace(row, status=AnswerStatus.INTERRUPTED, error_code=NOT_DELIVERED)
+    return row
+
+
+def as_sent_before(row: AnyRow) -> AnyRow:
+    """The row of an answer that a writer had, and of which nobody knows whether it is written."""
+    if isinstance(row, EndedAnswer) and row.start is not None:
+        return replace(row, start_may_be_there=True)
     return row
 
 

@@ -25,15 +25,15 @@ from feedback.answers import (
     was_answered,
 )
 from feedback.errors import AppError, BadRequest, NotReady
-from feedback.recording import NOT_RECORDED, EndedAnswer, StartedAnswer
-from feedback.tables import AnswerKind, AnswerStatus, Arm
+from feedback.recording import NOT_RECORDED, StartedAnswer
+from feedback.tables import AnswerKind, Arm
 from server.auth import Caller, KeyView, Scope, check_scope
 from server.endpoints.bodies import read_body
 from server.engines.fleet import Hold
 from server.gateway import Gateway
 from server.limits import Admission
 from server.proxy import Exchange, Relay, Reply, stopping
-from server.recorder import NotRecorded, NotSent, RefersToNothing
+from server.recorder import NotSent
 from server.request_ids import identify
 from server.routing import ReleaseView, Route, check_model, route, unknown_model
 from server.snapshot import load_release
@@ -128,7 +128,7 @@ class Completions:
             caller, exchange = await _prepare(gateway, key, headers, path, raw, number, reply, hold)
             if trace is not None:
                 trace.describe(exchange.started, stream=exchange.stream, choices=exchange.n)
-            await _start(gateway, caller, exchange, trace)
+            await _check_recorder(gateway)
             relay = Relay(
                 exchange,
                 fleet=gateway.fleet,
@@ -138,6 +138,7 @@ class Completions:
                 charge=None if admission is None else admission.charge,
                 figures=gateway.figures,
                 began=began,
+                on_missing_person=lambda: gateway.forget_person(caller.key.user),
                 trace=trace,
             )
             await relay.answer(receive, reply)
@@ -228,29 +229,13 @@ def _kind(gateway: Gateway, key: KeyView, parsed: Parsed, path: str) -> AnswerKi
     return AnswerKind.TASK if is_own else AnswerKind.CHAT
 
 
-async def _start(gateway: Gateway, caller: Caller, exchange: Exchange, trace: Trace | None) -> None:
-    """Record the request before an engine is asked. Raises NotReady."""
-    started = exchange.started
-    committing = time.perf_counter()
+async def _check_recorder(gateway: Gateway) -> None:
+    """No engine is asked for what is known not to be recorded. Raises NotReady."""
     try:
-        await gateway.recorder.record(started, gateway.settings.gateway.commit_timeout_seconds)
-    except (NotRecorded, asyncio.CancelledError) as error:
-        # The row may still get there, and nobody will answer it then.
-        if not isinstance(error, NotSent):
-            gateway.recorder.record_soon(
-                EndedAnswer(started.id, AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
-            )
-        if isinstance(error, asyncio.CancelledError):
-            raise
+        await gateway.recorder.check(gateway.settings.gateway.commit_timeout_seconds)
+    except NotSent:
         gateway.figures.not_recorded.add()
-        if isinstance(error, RefersToNothing):
-            gateway.forget_person(caller.key.user)  # an erasure elsewhere has taken their row
-        raise NotReady(
-            "the request could not be recorded; try again", code="not_recorded"
-        ) from None
-    finally:
-        if trace is not None:
-            trace.committed(time.perf_counter() - committing)
+        raise NotReady("the request could not be recorded; try again", code=NOT_RECORDED) from None
 
 
 def _external_conversation(

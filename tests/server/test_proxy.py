@@ -13,9 +13,8 @@ from typing import Any, cast
 import pytest
 
 from feedback.answers import MessagesHash
-from feedback.db import Database, new_id
+from feedback.db import Database
 from feedback.people import find_or_create_person
-from feedback.recording import StartedAnswer
 from feedback.tables import Answer, AnswerStatus, AnswerText
 from server import proxy
 from server.engines.base import EngineReply
@@ -24,6 +23,7 @@ from server.heard import DONE
 from server.metrics import Figures
 from server.proxy import Exchange, Relay, Reply
 from server.recorder import Recorder
+from tests.rows import started_answer
 
 pytestmark = pytest.mark.anyio
 
@@ -105,30 +105,12 @@ async def begin(
     engine: OneEngine,
     client: Client,
     engine_timeout: float = SECONDS,
+    commit_timeout: float = SECONDS,
 ) -> tuple[asyncio.Task[None], str]:
     """A stream that is under way, and its id."""
     with database.write() as session:
         person = find_or_create_person(session, "anna").id
-    messages = [{"role": "user", "content": "hi"}]
-    started = StartedAnswer(
-        id=new_id("chatcmpl-"),
-        person_id=person,
-        key_id=None,
-        deployment="assistant",
-        release="assistant@0",
-        requested_model="assistant",
-        arm="production",
-        propensity=1.0,
-        generation=0,
-        engine=None,
-        gateway="gw_1",
-        kind="chat",
-        messages=messages,
-        prefix_hash=new_id(""),
-        root_hash="root",
-        sampling={},
-    )
-    await recorder.record(started, SECONDS)
+    started = started_answer(person, gateway="gw_1")
     path, figures = "/v1/chat/completions", Figures()
     relay = Relay(
         Exchange(
@@ -141,14 +123,15 @@ async def begin(
             include_usage=False,
             n=1,
             started=started,
-            said=MessagesHash(person, messages),
+            said=MessagesHash(person, started.messages),
         ),
         fleet=cast(Fleet, engine),
         recorder=recorder,
-        commit_timeout=SECONDS,
+        commit_timeout=commit_timeout,
         engine_timeout=engine_timeout,
         figures=figures,
         began=0.0,
+        on_missing_person=lambda: None,
     )
     reply = Reply(client.send, path, {}, figures)
     return asyncio.ensure_future(relay.answer(never, reply)), started.id
@@ -172,6 +155,45 @@ async def test_an_answer_that_a_shutdown_cuts_off_is_recorded_whether_its_client
     with pytest.raises(asyncio.CancelledError):
         await task
     assert b'"code":"shutting_down"' in client.received[-1]["body"].replace(b" ", b"")
+
+
+async def test_of_a_stream_nothing_leaves_before_its_start_is_recorded(
+    sqlite_database: Database, recorder: Recorder
+) -> None:
+    engine, client = OneEngine(event("Wa"), event("ter"), ends=False), Client(most=99)
+    locked = sqlite_database.engine.raw_connection()
+    task, answer_id = await begin(sqlite_database, recorder, engine, client)
+    locked.execute("BEGIN IMMEDIATE")
+    await asyncio.sleep(0.1)  # long enough for the engine to say it all
+    assert client.received == []
+    locked.execute("ROLLBACK")
+    await engine.is_silent.wait()
+    assert client.received[0]["status"] == 200
+    with sqlite_database.read() as session:
+        assert session.get_one(Answer, answer_id).status == AnswerStatus.STARTED
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    locked.close()
+
+
+async def test_a_stream_whose_start_cannot_be_recorded_is_refused_and_its_engine_let_go(
+    sqlite_database: Database, recorder: Recorder
+) -> None:
+    engine, client = OneEngine(event("Wa"), event("ter"), ends=False), Client(most=99)
+    locked = sqlite_database.engine.raw_connection()
+    task, answer_id = await begin(sqlite_database, recorder, engine, client, commit_timeout=0.1)
+    locked.execute("BEGIN IMMEDIATE")
+    await task
+    assert client.received[0]["status"] == 503
+    assert b'"not_recorded"' in client.received[1]["body"]
+    assert not engine.is_silent.is_set()  # it was not heard to the end
+    locked.execute("ROLLBACK")
+    locked.close()
+    await recorder.stop()
+    with sqlite_database.read() as session:
+        answer = session.get_one(Answer, answer_id)
+        assert (answer.status, answer.error_code) == (AnswerStatus.FAILED, "not_recorded")
 
 
 async def test_an_end_that_a_shutdown_kept_from_its_client_is_taken_back(

@@ -10,18 +10,19 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 
-from feedback.answers import messages_hash
+from feedback.answers import find_earlier, get_metadata, messages_hash
 from feedback.db import Database
 from feedback.people import find_or_create_person
 from feedback.recording import EndedAnswer, StartedAnswer
-from feedback.tables import Answer, AnswerStatus
+from feedback.tables import Answer, AnswerStatus, AnswerText, Conversation
 from server.recorder import MOST_UNDER_WAY, NotRecorded, NotSent, Recorder, RefersToNothing
 from server.writer import Writer, writer_lock
 from tests.rows import started_answer
@@ -68,6 +69,11 @@ def ended(answer: StartedAnswer) -> EndedAnswer:
         choices=[{"index": 0, "message": message, "finish_reason": "stop"}],
         hashes=[messages_hash(answer.person_id, [*answer.messages, message])],
     )
+
+
+def whole(answer: StartedAnswer) -> EndedAnswer:
+    """A plain answer, of which nothing was recorded before."""
+    return replace(ended(answer), start=answer)
 
 
 def statuses(database: Database) -> dict[str, str]:
@@ -189,6 +195,132 @@ async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_the
     assert [found[row.id] for row in rows] == ["interrupted"] * 3
     assert late.id not in found
     assert recorder.lost == 0
+
+
+async def test_a_plain_answer_is_one_row_that_is_found_again(
+    database: Database, recorder: Recorder, person: str
+) -> None:
+    first = started_answer(person, metadata={"team": "blue"})
+    await recorder.record(whole(first), SECONDS)
+    said = [*first.messages, whole(first).choices[0]["message"]]
+    with database.read() as session:
+        answer = session.get_one(Answer, first.id)
+        assert answer.status == "complete"
+        assert answer.ended_at is not None
+        assert session.get_one(AnswerText, first.id).choices == whole(first).choices
+        assert get_metadata(session, [first.id]) == {first.id: {"team": "blue"}}
+        found = find_earlier(
+            session, person, continuation=messages_hash(person, said), external_id=None
+        )
+    assert found is not None
+    assert found.id == first.id
+    assert recorder.committed == 1
+
+
+async def test_a_plain_answer_that_is_sent_again_stays_one(
+    database: Database, recorder: Recorder, person: str
+) -> None:
+    rows = [whole(started_answer(person)) for _ in range(2)]
+    await recorder.record(rows[0], SECONDS)
+    again = [replace(row, start_may_be_there=True) for row in rows]  # of a writer that died
+    await asyncio.gather(*(recorder.record(row, SECONDS) for row in again))
+    assert statuses(database) == dict.fromkeys([row.id for row in rows], "complete")
+    with database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Conversation)) == 2
+
+
+async def test_an_end_makes_up_for_a_start_that_did_not_get_there(
+    database: Database, recorder: Recorder, person: str
+) -> None:
+    there, lost = started_answer(person), started_answer(person)
+    await recorder.record(there, SECONDS)
+    ends = [replace(whole(row), start_may_be_there=True) for row in (there, lost)]
+    await asyncio.gather(*(recorder.record(end, SECONDS) for end in ends))
+    assert statuses(database) == {there.id: "complete", lost.id: "complete"}
+
+
+async def test_of_a_person_who_is_gone_nothing_is_kept(
+    database: Database, recorder: Recorder, tmp_path: Path
+) -> None:
+    with pytest.raises(RefersToNothing):
+        await recorder.record(whole(started_answer("person_erased")), SECONDS)
+    assert (statuses(database), recorder.lost, recorder.depth) == ({}, 0, 0)
+    assert not (tmp_path / "dead" / "letters.jsonl").exists()
+
+
+async def test_a_plain_answer_that_is_refused_becomes_a_dead_letter_and_a_row_without_its_text(
+    database: Database, recorder: Recorder, person: str, tmp_path: Path
+) -> None:
+    refused = whole(started_answer(person))
+    refused.choices[0]["index"] = None  # its row must have one
+    with pytest.raises(NotRecorded):
+        await recorder.record(refused, SECONDS)
+    await until(lambda: statuses(database) == {refused.id: "failed"})
+    letter = json.loads((tmp_path / "dead" / "letters.jsonl").read_text())
+    assert letter["choices"][0]["message"]["content"] == "hello"
+    with database.read() as session:
+        assert session.get(AnswerText, refused.id) is None
+
+
+async def test_a_plain_answer_waits_for_a_database_that_is_away_and_says_that_nobody_got_it(
+    database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, away = writer_of(recorder), threading.Event()
+    write = writer._write
+    away.set()
+
+    def fails(group: Any) -> None:
+        if away.is_set():
+            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+        write(group)
+
+    monkeypatch.setattr(writer, "_write", fails)
+    row = whole(started_answer(person))
+    with pytest.raises(NotRecorded):
+        await recorder.record(row, SECONDS)
+    with pytest.raises(NotSent, match="away"):  # no engine is asked any more
+        await recorder.check(SECONDS)
+    away.clear()
+    await until(lambda: statuses(database) == {row.id: "interrupted"})
+    await until(lambda: not recorder.depth)
+    await recorder.check(SECONDS)
+
+
+@ON_SQLITE
+async def test_a_database_that_is_back_is_found_though_nothing_waits_for_it(
+    database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_group: object) -> None:
+        raise OperationalError("COMMIT", {}, Exception("the disk is away"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer_of(recorder), "_write", away)
+        with pytest.raises(NotRecorded):
+            await recorder.record(started_answer(person), SECONDS)
+    async with asyncio.timeout(SECONDS):
+        while True:
+            try:
+                return await recorder.check(SECONDS)
+            except NotSent:
+                await asyncio.sleep(0.05)  # the writer's thread looks now and then
+
+
+@ON_SQLITE
+async def test_a_writer_that_waits_for_a_lock_is_known_not_to_write(
+    database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.recorder.STALLED_SECONDS", 0.05)
+    locked = database.engine.raw_connection()
+    locked.execute("BEGIN IMMEDIATE")
+    waits = asyncio.ensure_future(recorder.record(whole(started_answer(person)), SECONDS))
+    await recorder.check(SECONDS)  # it has just got something
+    await asyncio.sleep(0.1)  # longer than a commit takes
+    with pytest.raises(NotSent, match="too far behind"):
+        await recorder.check(SECONDS)
+    locked.execute("ROLLBACK")
+    locked.close()
+    await waits
+    await recorder.check(SECONDS)
 
 
 @pytest.mark.parametrize("gives_up", ["is cancelled", "waits no longer"])

@@ -204,7 +204,7 @@ async def test_what_a_writer_had_kept_or_was_to_take_back_when_it_died_is_done_b
         recorder.process.send_signal(signal.SIGSTOP)  # it reports nothing of what follows
         recorder.record_soon(ended(kept))
         (number,) = recorder._waiting
-        error = Report([], [number], "the database is away", 1, 3, 0, 1)
+        error = Report([], [number], "the database is away", 1, 3, 0, 1, away=True)
         link.data_received(report_json.dump_json(error) + b"\n")
         recorder.take_back(ended(taken))
         for _ in range(2):  # the next one dies as well before it has done anything
