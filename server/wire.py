@@ -181,7 +181,7 @@ def parse_body(raw: bytes, *, max_bytes: int, max_parts: int = MAX_PARTS) -> dic
         # left than there were), a number that is no finite float. Nothing is nested too deeply for
         # this one by now.
         infinite = _MAYBE_INFINITE.search(bare)
-        if infinite or bare.count(b":") != _without_strings(to_json(body)).count(b":"):
+        if infinite or bare.count(b":") != _count_pairs(body):
             parse_float = _finite if infinite else None
             json.loads(raw, object_pairs_hook=_refuse_twice, parse_float=parse_float)
     except ValueError as error:
@@ -189,6 +189,19 @@ def parse_body(raw: bytes, *, max_bytes: int, max_parts: int = MAX_PARTS) -> dic
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, found {type(body).__name__}")
     return body
+
+
+def _count_pairs(value: Any) -> int:
+    """Pairs of key and value in all objects of a JSON value."""
+    pairs, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            pairs += len(one)
+            left.extend(one.values())
+        elif isinstance(one, list):
+            left.extend(one)
+    return pairs
 
 
 def parse_chat(body: dict[str, Any], *, max_choices: int, strict: bool) -> Parsed:
