@@ -50,8 +50,6 @@ RESTART_SECONDS = 1.0
 MOST_UNDER_WAY = 2  #: portions of rows that are with the writer
 
 
-STALLED_SECONDS = 1.0  #: a group takes milliseconds; after that long the writer waits for a lock
-
 NO_REPORT = Report([], [], None, 0, 0, 0, 0, away=False)
 
 
@@ -186,8 +184,8 @@ class Recorder:
     async def check(self, timeout_seconds: float) -> None:
         """Returns where the writer can write, as far as is known; raises NotSent where it can't.
 
-        Known is its last commit, and how long it has said nothing of what it has. Waits only for a
-        writer that is being started.
+        Known is its last commit, and for how long it has said nothing of what it has: half of what
+        a request waits for its commit is too long. Waits only for a writer that is being started.
         """
         link = self._link
         if link is None:
@@ -195,7 +193,7 @@ class Recorder:
             return
         if self._last.away:
             raise NotSent("the database is away")
-        if link.unsent_bytes > MOST_UNSENT_BYTES or link.silent_seconds() > STALLED_SECONDS:
+        if link.unsent_bytes > MOST_UNSENT_BYTES or link.silent_seconds() > timeout_seconds / 2:
             raise NotSent("the writer is too far behind")
 
     def record_soon(self, row: EndedAnswer) -> None:
