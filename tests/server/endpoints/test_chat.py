@@ -614,6 +614,11 @@ def test_an_answer_that_cannot_be_recorded_is_withheld(
     with start_gateway(
         sqlite_database, tmp_path / "data", [gateway_engine.address], commit_timeout_seconds=1
     ) as gateway:
+
+        def statuses() -> list[str]:
+            with gateway.database.read() as session:
+                return list(session.scalars(select(Answer.status)))
+
         client = gateway.client(gateway.key("anna"))
         replies: list[httpx.Response] = []
         asking = threading.Thread(
@@ -621,6 +626,7 @@ def test_an_answer_that_cannot_be_recorded_is_withheld(
         )
         asking.start()
         gateway_engine.wait_until(lambda engine: engine.running == 1)
+        eventually(lambda: statuses() == (["started"] if stream else []))
         locked = sqlite_database.engine.raw_connection()
         locked.execute("BEGIN IMMEDIATE")
         asking.join()
@@ -637,10 +643,6 @@ def test_an_answer_that_cannot_be_recorded_is_withheld(
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_recorded")
         assert "anna" in gateway.gateway._people  # nobody is asked for again because of an outage
         assert gateway_engine.finished == 1
-
-        def statuses() -> list[str]:
-            with gateway.database.read() as session:
-                return list(session.scalars(select(Answer.status)))
 
         eventually(lambda: statuses() == ["interrupted"])  # of the second one nothing was begun
         assert client.post(CHAT, json=chat()).status_code == 200
