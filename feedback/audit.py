@@ -60,7 +60,7 @@ def seal(database: Database, with_: Seal) -> None:
 
 
 class AuditBroken(Exception):
-    """An entry is not what was appended;
+    """An entry is not what was appended.
 
     `seq` names the first such entry, or the first that is missing.
     """
@@ -80,8 +80,7 @@ def append(
     made_by: Sequence[Mapping[str, str | None]] = (),
     details: Mapping[str, Any] | None = None,
 ) -> AuditEntry:
-    """Add an entry at the end of the chain; it becomes visible with the transaction that it
-    describes.
+    """Add an entry at the end of the chain, visible with the transaction that it describes.
 
     Call it late in the transaction: on PostgreSQL other appenders wait until this one ends.
     """
@@ -263,7 +262,7 @@ def list_entries(
     after: int | None = None,
     limit: int = 50,
 ) -> tuple[list[AuditEntry], bool]:
-    """Entries, newest first, and whether there are more;
+    """List entries, newest first, and say whether there are more.
 
     `after` is the number of the last one seen.
     """

@@ -1,5 +1,7 @@
-"""JSON texts of a value: one that is hashed and compared, whatever order its keys came in, and one
-that keeps the order, because chat templates write it into prompts.
+"""JSON texts of a value: to be hashed and compared, or with the order of its keys.
+
+Of the first kind two equal values have the same text. The second is what chat templates write into
+prompts.
 
 It imports nothing heavy: the child that reads uploads starts in milliseconds because of that.
 """
@@ -16,8 +18,9 @@ _IN_ORDER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_na
 
 
 def json_in_order(value: Any) -> str:
-    """`value` as JSON with its keys as they stand and no spaces; NaN and infinities raise
-    ValueError.
+    """Write `value` as JSON with its keys as they stand and no spaces.
+
+    NaN and infinities raise ValueError.
     """
     return _IN_ORDER.encode(value)
 

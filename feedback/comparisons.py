@@ -34,8 +34,10 @@ _EXCHANGED = {Preferred.A: Preferred.B, Preferred.B: Preferred.A}
 
 @dataclass(frozen=True, slots=True)
 class NewComparison:
-    """What a request says. `preferred` None withdraws; `comment` None leaves the comment as it is
-    while `preferred` stays the same.
+    """What a request says.
+
+    `preferred` None withdraws; `comment` None leaves the comment as it is while `preferred` stays
+    the same.
     """
 
     completion_ids: tuple[str, str]
@@ -154,7 +156,7 @@ def list_comparisons(
     after: str | None = None,
     limit: int = 20,
 ) -> tuple[list[Comparison], bool]:
-    """Standing comparisons, newest first, and whether there are more;
+    """List standing comparisons, newest first, and say whether there are more.
 
     `after` is the id of the last one seen.
     """
@@ -185,8 +187,9 @@ def list_comparison_revisions(
 
 
 def _check_same_prompt(session: Session, one: Answer, other: Answer) -> None:
-    """BadRequest unless both are finished chat answers with stored text to the same messages and
-    tools.
+    """Raise BadRequest unless both can be compared.
+
+    Both are finished chat answers, with stored text, to the same messages and tools.
     """
     prompts = []
     for answer in (one, other):

@@ -50,9 +50,9 @@ _chance: list[bytes] = []  #: each is used once; a list's pop is one step for al
 
 
 class DatabaseUnfit(Exception):
-    """The database cannot be used;
+    """The database cannot be used.
 
-    the message says what was found, what is needed and what to do.
+    The message says what was found, what is needed and what to do.
     """
 
 
@@ -128,8 +128,9 @@ def _take_chance() -> bytes:
 
 
 def new_id(prefix: str) -> str:
-    """A fresh identifier that sorts by time: `prefix` and a ULID (48 bits of milliseconds, 80 of
-    chance).
+    """A fresh identifier that sorts by time: `prefix` and a ULID.
+
+    A ULID has 48 bits of milliseconds and 80 of chance.
     """
     number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(_take_chance())
     return prefix + "".join(
@@ -330,8 +331,10 @@ class Writing:
 
 
 def _leave_values_out(context: ExceptionContext) -> None:
-    """Errors get into logs, and what people wrote does not: SQLAlchemy is told to leave parameters
-    out, and PostgreSQL repeats the row that it refuses in the error's details.
+    """Take the values of a statement out of its errors.
+
+    Errors get into logs, and what people wrote does not. SQLAlchemy is told to leave parameters
+    out, and PostgreSQL repeats the row that it refuses in the details of its error.
     """
     for error in (context.original_exception, context.sqlalchemy_exception):
         _leave_details_out(error)

@@ -214,7 +214,7 @@ def list_judgements(
     after: str | None = None,
     limit: int = 20,
 ) -> tuple[list[Judgement], bool]:
-    """Standing judgements, newest first, and whether there are more;
+    """List standing judgements, newest first, and say whether there are more.
 
     `after` is the id of the last one seen.
     """
@@ -257,9 +257,9 @@ def take_turn(session: Session, person_id: str) -> None:
 
 
 def touch_answers(session: Session, answer_ids: Iterable[str]) -> None:
-    """Move the revision of answers about which something was said;
+    """Move the revision of answers about which something was said.
 
-    in one order, so that no two writers deadlock.
+    They are taken in one order, so that no two writers deadlock.
     """
     for answer_id in sorted(set(answer_ids)):
         session.execute(
@@ -271,9 +271,9 @@ def touch_answers(session: Session, answer_ids: Iterable[str]) -> None:
 
 
 def speaks_for(viewer: Viewer, person_id: InstrumentedAttribute[str]) -> ColumnElement[bool]:
-    """Condition on the column `person_id`:
+    """The condition on `person_id` under which a verdict is one of the viewer.
 
-    the viewer's own verdicts, their end users', or everybody's.
+    That is: the viewer's own verdicts, their end users', or everybody's.
     """
     if viewer.sees_all:
         return true()

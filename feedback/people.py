@@ -58,8 +58,10 @@ def speaks_for(session: Session, viewer: Viewer, person_id: str) -> bool:
 
 
 def speaker_of(session: Session, viewer: Viewer, owner_id: str) -> str:
-    """Whom a verdict counts for that names nobody: an application's is its end user's, whose answer
-    it is about; everybody else's is their own, whoever got the answer.
+    """The person whom a verdict counts for when it names nobody.
+
+    An application's counts for its end user, whose answer it is about; everybody else's for
+    themselves, whoever got the answer.
     """
     return owner_id if speaks_for(session, viewer, owner_id) else viewer.person_id
 

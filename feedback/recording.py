@@ -397,8 +397,9 @@ def _find_there(driver: Driver, ids: Sequence[str]) -> set[str]:
 
 
 def _find_awaited(driver: Driver, ids: Sequence[str]) -> dict[str, str]:
-    """Those of `ids` whose end is to be written, with their status; on PostgreSQL locked, in the
-    order of their ids.
+    """Those of `ids` whose end is to be written, with their status.
+
+    On PostgreSQL they are locked, in the order of their ids.
     """
     lock = "" if driver.is_sqlite else " ORDER BY id FOR UPDATE"
     marks = ", ".join("?" * len(ids))

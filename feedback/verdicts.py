@@ -1,5 +1,6 @@
-"""What may be said in a verdict: the values of each kind, and bounds on everything that people
-write.
+"""What may be said in a verdict: the values of each kind.
+
+Everything that people write has a bound here.
 
 Pure rules; each function returns the value as it is stored or raises BadRequest. Does not own the
 rows (`judgements.py`, `comparisons.py`).
@@ -122,7 +123,7 @@ def check_kind(kind: str, name: str) -> JudgementKind:
 
 
 def normalise_value(kind: JudgementKind, value: Any) -> Any:
-    """`value` as it is stored;
+    """Check `value` and return it as it is stored.
 
     None (withdrawn) goes with every kind. A correction becomes an assistant message.
     """
@@ -198,9 +199,9 @@ def _check_correction(value: Any) -> dict[str, Any]:
 
 
 def _check_tool_calls(calls: Any) -> list[dict[str, Any]]:
-    """OpenAI's shape:
+    """Check that calls of tools have OpenAI's shape and nothing else.
 
-    `{"id", "type": "function", "function": {"name", "arguments"}}`, nothing else.
+    It is `{"id", "type": "function", "function": {"name", "arguments"}}`.
     """
     if not isinstance(calls, list):
         raise BadRequest(f"tool_calls must be a list, found {_show(calls)}", param="value")

@@ -32,8 +32,9 @@ def sees(caller: Caller, deployment: str | None) -> bool:
 
 
 def reach(session: Session, caller: Caller, deployment: str | None) -> tuple[str, ...] | None:
-    """The deployments that a list shows: the one asked for, else all of the key's (None: every
-    one). Raises NotFound.
+    """The deployments that a list shows: the one asked for, else all of the key's.
+
+    None: every one. Raises NotFound.
     """
     if deployment is None:
         return caller.key.deployments
@@ -71,8 +72,9 @@ def get_release(
 
 
 def get_adapter(session: Session, caller: Caller, adapter_id: str) -> tuple[Adapter, list[Release]]:
-    """The adapter, and its releases that the caller sees: without any it is unknown to a limited
-    key. Raises NotFound.
+    """The adapter, and its releases that the caller sees.
+
+    A limited key that sees none of them gets NotFound, as for an unknown one.
     """
     row = session.get(Adapter, adapter_id)
     found = session.scalars(

@@ -152,8 +152,9 @@ class Keyring:
         self.secret = secret
 
     def authenticate(self, authorization: str | None) -> KeyView:
-        """The key of an `Authorization: Bearer …` header, or of the feedback token that stands
-        there. Raises NotAuthenticated.
+        """The key of an `Authorization: Bearer …` header, or of a feedback token there.
+
+        Raises NotAuthenticated.
         """
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -225,9 +226,9 @@ def check_scope(key: KeyView, method: str, path: str) -> None:
 
 
 def check_routes(routes: Iterable[Any]) -> None:
-    """Every route is public or in the table, and every row of the table is a route;
+    """Raise RuntimeError unless the table of scopes fits the routes.
 
-    RuntimeError otherwise.
+    Every route is public or in the table, and every row of the table is a route.
     """
     seen = {
         (method, route.path)
@@ -246,9 +247,9 @@ def check_routes(routes: Iterable[Any]) -> None:
 def end_user_of(
     key: KeyView, body: Mapping[str, Any], headers: Mapping[str, str], header_names: Iterable[str]
 ) -> str:
-    """Which end user a request of an application's key is for;
+    """Which end user a request of an application's key is for.
 
-    empty for a key that speaks for one person.
+    Empty for a key that speaks for one person.
     """
     if not key.end_users:
         return ""

@@ -124,7 +124,7 @@ def event_of(error: AppError) -> bytes:
 
 
 def fault_of_engine(status: int, body: bytes, *, names: Mapping[str, str]) -> AppError:
-    """The engine's error reply as ours;
+    """The engine's error reply as ours.
 
     `names` replaces engine names in its message by public ones.
     """

@@ -42,8 +42,9 @@ def sign(grant: Grant, secret: str) -> str:
 
 
 def read_token(token: str, secret: str | None, at: datetime) -> Grant:
-    """What a token allows at that time. Raises NotAuthenticated, with a code of its own when it
-    has expired.
+    """Read what a token allows at that time.
+
+    Raises NotAuthenticated, with a code of its own when it has expired.
     """
     payload_text, _, signature_text = token.removeprefix(TOKEN_PREFIX).partition(".")
     try:

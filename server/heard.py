@@ -268,8 +268,10 @@ class Events:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Events that differ in one piece of text alone: what stands before and after it, as the engine
-    writes it and as the client gets it.
+    """Events that differ in one piece of text alone.
+
+    It has what stands before and after that text, as the engine writes it and as the client gets
+    it.
     """
 
     before: bytes
@@ -331,8 +333,9 @@ class Forms:
             self._forms.append(_Form(before, after, renamed_before, renamed_after, pieces))
 
     def _place_of_text(self, event: dict[str, Any]) -> tuple[str, list[str]] | None:
-        """Which field of an event brought a piece of text, and where that was put; None where the
-        event said something else too.
+        """Which field of an event brought a piece of text, and where that was put.
+
+        None where the event said something else too.
         """
         choices: list[dict[str, Any]] = event.get("choices") or []
         if len(choices) != 1 or choices[0].get("finish_reason") is not None:

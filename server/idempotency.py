@@ -198,8 +198,9 @@ def give_up(session: Session, attempt: Attempt) -> None:
 
 
 def forget(session: Session, subjects: Collection[str]) -> None:
-    """Remove kept replies about answers and conversations that are being deleted: they hold what
-    was said of them.
+    """Remove kept replies about answers and conversations that are being deleted.
+
+    They hold what was said of them.
     """
     about = select(IdempotentSubject.caller, IdempotentSubject.key).where(
         IdempotentSubject.subject.in_(subjects)

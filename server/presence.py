@@ -93,8 +93,9 @@ class Presence:
         self._free_since: dict[str, float] = {}
 
     def beat(self) -> None:
-        """Hold the own lock, on a new connection where the old one broke; look at other gateways,
-        and end the answers of those that are dead.
+        """Hold the own lock, and end the answers of gateways that are dead.
+
+        Where the connection broke the lock is taken on a new one.
 
         Raises what the database raises; then others' locks may have been lost with it, and each
         gateway is given the whole time again.

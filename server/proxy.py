@@ -259,8 +259,10 @@ class Relay:
                 await client.send(event_of(stopping()))
 
     def _used_tokens(self) -> int:
-        """Prompt and completion, for the key's limit. A stream that broke has no count of the
-        engine's: then by the bytes sent and the pieces that came.
+        """Prompt and completion in tokens, for the key's limit.
+
+        A stream that broke has no count of the engine's: then by the bytes sent and the pieces that
+        came.
         """
         counted = count_in(self._heard.usage or {}, "total_tokens")
         if counted is not None:
@@ -416,10 +418,10 @@ class Relay:
     # A stream
 
     async def _relay_stream(self, reply: EngineReply, client: Reply) -> None:
-        """Pass events on as they arrive;
+        """Pass events on as they arrive, and hold the end until it is committed.
 
-        hold the last `finish_reason` and all after it until it is committed. Once that is there, an
-        engine has its longest silence for the rest, and does not hold the client by comments.
+        The end is the last `finish_reason` and all after it. Once that is there, an engine has its
+        longest silence for the rest, and does not hold the client by comments.
         """
         passed = bytearray()
         held: list[bytes] = []

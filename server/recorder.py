@@ -327,8 +327,9 @@ class Recorder:
                 self._waiting[number].settle(report)
 
     def _writer_ended(self, link: _Link) -> None:
-        """It died: ends that it may not have written are written by the next one. Nobody knows
-        whether it wrote a start, so whoever waits for one is told.
+        """Leave what it may not have written to the next writer.
+
+        Nobody knows whether it wrote a start, so whoever waits for one is told.
         """
         if self._link is not link:
             return

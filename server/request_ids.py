@@ -1,5 +1,6 @@
-"""The id of a request: on its reply, in every log line written while it is handled, and for a
-completion the id of the answer.
+"""The id of a request, on its reply and in every log line about it.
+
+For a completion it is the id of the answer.
 
 Owns: where it is made and kept. It is ours alone: a caller's own could repeat, or be another
 answer's. What a caller sends as `X-Client-Request-Id` or `X-Request-Id` stands beside it in log
@@ -43,8 +44,9 @@ def get_request_id() -> str:
 
 
 def describe_request() -> dict[str, str]:
-    """`request_id` and, where the caller sent a usable one, `caller_request_id`; empty outside of
-    requests.
+    """`request_id` and, where the caller sent a usable one, `caller_request_id`.
+
+    Empty outside of requests.
     """
     scope = _REQUEST.get()
     if scope is None:

@@ -135,8 +135,10 @@ def list_names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]
 
 
 def check_model(snapshot: Snapshot, model: str, allowed: tuple[str, ...] | None) -> None:
-    """Raises NotFound unless memory has a deployment for `model`, or it is the base, and the key
-    may use it. Whether a release of that deployment exists is not known here.
+    """Raise NotFound unless the key may use `model`, which is known.
+
+    Known are the base and the deployments in memory. Whether a release of that deployment exists is
+    not known here.
     """
     name, at, _ = model.partition("@")
     name = name if at else snapshot.aliases.get(model, model)

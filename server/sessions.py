@@ -25,9 +25,9 @@ GatewayDep = Annotated[Gateway, Depends(_gateway)]
 
 
 async def _caller(request: Request, gateway: GatewayDep) -> Caller:
-    """The key's own person;
+    """The caller, as the key's own person.
 
-    routes that let an application name an end user resolve that one themselves.
+    Routes that let an application name an end user resolve that one themselves.
     """
     key = gateway.authorize(request.method, request.scope["route"].path, request.headers)
     _refuse_nul(request)

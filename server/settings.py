@@ -414,9 +414,9 @@ class Settings(BaseSettings):
 
     @property
     def model_dir(self) -> Path:
-        """Local directory of the base;
+        """Local directory of the base.
 
-        the bundled model, and those of the hub, are made under `DATA/models`.
+        The bundled model, and those of the hub, are made under `DATA/models`.
         """
         if self.model.path == BUNDLED_MODEL or self.model.is_hub_name:
             return self.data / "models" / self.model.path.replace("/", "--")

@@ -112,9 +112,9 @@ class Directory:
         self.keyring = Keyring({}, token_secret)
 
     async def refresh(self) -> None:
-        """Read everything again;
+        """Read everything again.
 
-        waits its turn, so what was committed before the call is seen after it.
+        Waits its turn, so what was committed before the call is seen after it.
         """
         async with self._lock:
             snapshot, self.keyring = await asyncio.to_thread(self._load)

@@ -1,5 +1,6 @@
-"""Spans of chat and text completions, for OpenTelemetry: one of the server, one for each engine
-that was asked.
+"""Spans of chat and text completions, for OpenTelemetry.
+
+There is one of the server, and one for each engine that was asked.
 
 Owns: what a span says and when it ends, and the trace context on the way in (`traceparent`) and out
 (to the engine, which has spans of its own). The names are those of OpenTelemetry's conventions for

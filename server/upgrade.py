@@ -37,9 +37,9 @@ _LOCK = 0x6275726E  # one upgrade at a time on PostgreSQL
 
 
 class UpgradeError(Exception):
-    """The database belongs to something else than these settings say;
+    """The database belongs to something else than these settings say.
 
-    the message says what to do.
+    The message says what to do.
     """
 
 

@@ -1,5 +1,6 @@
-"""The bodies of chat and text completions: which fields pass, which are named as ignored, which are
-refused.
+"""The bodies of chat and text completions: which fields pass and which do not.
+
+Those that do not are named as ignored, or refused.
 
 Owns: the three lists, the checks, and what is sent to the engine. Does not own: who may call what
 (`auth.py`), which release answers (`routing.py`), the answer's way back (`proxy.py`).
@@ -152,9 +153,9 @@ _MEDIA = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """A checked request:
+    """A checked request.
 
-    `given` the body as sent, `ignored` the names of fields that have no effect.
+    `given` is the body as sent, `ignored` the names of fields that have no effect.
     """
 
     given: dict[str, Any]
@@ -238,8 +239,9 @@ def engine_body(
     sampling: Mapping[str, Any],
     template_kwargs: frozenset[str],
 ) -> dict[str, Any]:
-    """What the engine is sent: forwarded fields, the release's sampling under the caller's, `model`
-    rewritten.
+    """What the engine is sent, with its own name for the model.
+
+    Forwarded fields, and the release's sampling under the caller's.
 
     Usage is always asked for, for the record; `proxy.py` takes it out where the caller did not.
     """

@@ -432,8 +432,9 @@ def _refers_to_nothing(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def writer_lock(path: Path | None) -> Iterator[None]:
-    """Waits until no writer of an earlier gateway has rows left to write; None: nothing to wait
-    for. Raises TimeoutError.
+    """Wait until no writer of an earlier gateway has rows left to write, then hold the lock.
+
+    None: there is nothing to wait for. Raises TimeoutError.
     """
     if path is None:
         yield

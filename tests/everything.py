@@ -1,5 +1,6 @@
-"""For tests that call every route: one of everything that a deployment and its user can have, and
-whether something happened.
+"""One of everything that a deployment and its user can have.
+
+For tests that call every route, with a look at whether something happened.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""A chat model with random weights, small enough that a test makes it in a second and vLLM serves
-it.
+"""A chat model with random weights, made in a second and served by vLLM.
 
 Shaped like SmolLM2 (Llama, grouped heads, tied embeddings, ChatML), with a byte-level tokenizer
 without merges: one token per byte of UTF-8. Its answers mean nothing.

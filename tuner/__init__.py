@@ -1,4 +1,4 @@
-"""From a data set to a proven candidate:
+"""From a data set to a proven candidate.
 
-jobs, adapters, releases, evaluations, gate, worker, training.
+Jobs, adapters, releases, evaluations, gate, worker, training.
 """

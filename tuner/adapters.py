@@ -1,5 +1,4 @@
-"""LoRA adapters as content: their canonical configuration, their identity, the checks they pass,
-and the store.
+"""LoRA adapters as content: one form, one identity, checks, and the store.
 
 Owns: the two files of an adapter (`adapter_config.json`, `adapter_model.safetensors`), the hash
 that names them, every reason for which one is refused, and the content-addressed folder that
@@ -397,8 +396,9 @@ class AdapterStore:
         return self.root / full_hash
 
     def verify(self, full_hash: str) -> None:
-        """Raise `AdapterRefused` (`missing_file`, `damaged`) unless the stored files still have
-        that hash.
+        """Check that the stored files still have that hash.
+
+        Raises `AdapterRefused` (`missing_file`, `damaged`).
         """
         folder = self.path(full_hash)
         try:

@@ -322,8 +322,9 @@ def _linear_modules(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor names with `dtype` and `shape`, as at
-    https://github.com/huggingface/safetensors#format.
+    """Names of tensors with `dtype` and `shape`, out of the header of a file.
+
+    The format: https://github.com/huggingface/safetensors#format.
     """
     with file.open("rb") as stream:
         prefix = stream.read(8)

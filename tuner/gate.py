@@ -1,4 +1,4 @@
-"""The gate: does a candidate answer better than what is in production, and is it sane?
+"""The gate says whether a candidate answers better than production, and is sane.
 
 Owns: the decision and its reasons, from figures alone. Pure: no database, no model, no clock. Does
 not own how the figures are gathered (`measuring.py`), the tests (`significance.py`) or who may

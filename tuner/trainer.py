@@ -43,8 +43,9 @@ class TrainingFailed(Exception):
 
 
 def environment_for_others() -> dict[str, str]:
-    """This process's environment for a program of others (vLLM, torch): without what opens the
-    gateway or the database.
+    """This process's environment for a program of others, as vLLM or torch.
+
+    It lacks what opens the gateway or the database.
     """
     return {
         key: value

@@ -124,8 +124,9 @@ class Lease:
         self._stopping = stopping
 
     def check(self) -> None:
-        """Raise `LeaseLost`, `WorkerStopping`, `JobCancelled` or `JobPaused` when the job must
-        end.
+        """Raise what ends the job, when it must end.
+
+        `LeaseLost`, `WorkerStopping`, `JobCancelled` or `JobPaused`.
         """
         if self.lost.is_set():
             raise LeaseLost(f"attempt {self.job.attempt} no longer holds job {self.job.id}")

@@ -1,5 +1,4 @@
-"""The words of curation: what goes into it, what comes out, and every reason why something does
-not.
+"""The words of curation: what goes in, what comes out, and why something does not.
 
 Plain values without a database, shared by `extract`, `select` and whoever reads or writes data
 sets.
@@ -125,9 +124,9 @@ class JudgedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Something that an example takes for true:
+    """Something that an example takes for true.
 
-    that `target` is good (or, of a pair, one way round).
+    That is: `target` is good, or, of a pair, one way round.
     """
 
     target: str
@@ -136,9 +135,9 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """What `select` knows of an example:
+    """What `select` knows of an example, which is no text.
 
-    no text. `position` says where its text lies and counts for nothing else.
+    `position` says where its text lies and counts for nothing else.
     """
 
     example_id: str

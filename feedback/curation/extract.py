@@ -1,5 +1,6 @@
-"""The first stage of curation: one judged answer becomes examples, and a reason for each verdict
-that makes none.
+"""The first stage of curation: from one judged answer to examples.
+
+Each verdict that makes none gets a reason.
 
 | verdict | teaches |
 |---|---|
@@ -114,8 +115,9 @@ def extract(answer: JudgedAnswer, policy: Policy) -> Extracted:
 
 
 def edit_share(before: str, after: str) -> float:
-    """How much of a text an edit changes, 0 (nothing) to 1 (everything): 1 - Dice over pairs of
-    adjacent words.
+    """How much of a text an edit changes, from 0 (nothing) to 1 (everything).
+
+    It is 1 - Dice over pairs of adjacent words.
 
     Linear in length. A word exchanged in a sentence of twenty is about 0.1, in one of six about
     0.3.

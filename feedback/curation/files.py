@@ -107,8 +107,9 @@ class FilesWriter:
             self._stream(kind, side, OPENAI).write(json_in_order(openai_row))
 
     def finish(self, folder_name: str) -> tuple[tuple[WrittenFile, ...], str]:
-        """Make all of it durable; the files, as they lie below `folder_name`, and the content hash
-        (64 hex digits).
+        """Make all files durable.
+
+        Returns them, as they lie below `folder_name`, and the content hash (64 hex digits).
         """
         files = []
         for (kind, side, dialect), stream in sorted(self._streams.items()):

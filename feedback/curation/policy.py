@@ -1,5 +1,6 @@
-"""The policy of curation: every choice between a verdict and a training example that a team may
-want otherwise.
+"""The policy of curation: every choice between a verdict and an example.
+
+A team may want each of them otherwise.
 
 Owns the choices, their defaults and bounds, and the hashes that name a policy. Does not own what is
 done with them (`extract.py`, `select.py`) or where a deployment's policy is kept.

@@ -45,8 +45,9 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The set, in the order of example ids, and why the rest is not in it, in the order of
-    judgements.
+    """The set, in the order of example ids, and why the rest is not in it.
+
+    Reasons come in the order of judgements.
     """
 
     chosen: tuple[Chosen, ...]
@@ -66,9 +67,9 @@ def find_same_words(train: Sequence[Feature], holdout: Sequence[Feature]) -> Col
 
 
 def find_side(root_hash: str, policy: Policy) -> Side:
-    """The side of a conversation, by its first user turn:
+    """The side of a conversation, by its first user turn.
 
-    the same in every set with this salt and share.
+    It is the same in every set with this salt and share.
     """
     digest = hashlib.sha256(f"{policy.salt}\n{root_hash}".encode()).digest()
     return Side.HOLDOUT if int.from_bytes(digest[:6]) < policy.holdout_share * 2**48 else Side.TRAIN

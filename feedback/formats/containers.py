@@ -27,8 +27,9 @@ class Container(StrEnum):
 
 
 def detect_container(file: BinaryIO) -> Container:
-    """What the file's first bytes are; it is left at its beginning. Raises `Unreadable` where it
-    is empty, or no training data.
+    """Tell the container from the first bytes of a file, which is left at its beginning.
+
+    Raises `Unreadable` where it is empty, or no training data.
     """
     file.seek(0)
     head = file.read(4096)

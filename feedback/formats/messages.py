@@ -309,8 +309,9 @@ def read_text(given: Any, where: str) -> str:
 
 
 def add_system(record: Record, turns: Sequence[Message]) -> list[Message]:
-    """The turns behind the record's own `system`, where it has one. Raises ValueError where both
-    have a system prompt and they differ.
+    """Put the record's own `system` before its turns, where it has one.
+
+    Raises ValueError where both have a system prompt and they differ.
     """
     given = record.get("system")
     text = "" if given is None else read_text(given, "system")

@@ -31,8 +31,9 @@ _NAMES_SHOWN = 10  #: of columns without a meaning
 
 
 def read_parquet(file: BinaryIO, limits: Limits, wanted: Collection[str]) -> Iterator[Record]:
-    """Records with the columns in `wanted`; of the others the first names stand there, without a
-    value.
+    """Read records with the columns in `wanted`.
+
+    Of the others the first names stand there, without a value.
     """
     try:
         import pyarrow

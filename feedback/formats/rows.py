@@ -40,8 +40,9 @@ class Problem:
 
 
 class UploadError(BadRequest):
-    """A file that can't be trained on; names the first lines that are wrong, each with its
-    reason.
+    """A file that can't be trained on.
+
+    The message names the first lines that are wrong, each with its reason.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:

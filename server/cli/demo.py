@@ -132,9 +132,9 @@ def run_demo(api: Api, *, keep: bool, report: Path | None) -> int:
 
 @contextmanager
 def service() -> Iterator[None]:
-    """A service for the demo:
+    """A service for the demo, until the block ends.
 
-    the one that runs, else one that is started and ended with the block.
+    It is the one that runs, else one that is started and ended with the block.
     """
     from server.engines.process import answers_ok
     from server.settings import load_settings

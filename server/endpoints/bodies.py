@@ -42,9 +42,10 @@ T = TypeVar("T")
 
 
 class Part(WholeNumbers):
-    """An object inside a body: a key that is not known is an error that names it, and a value of
-    another type is not made to fit, except that `8.0` is 8. Enumerations and tuples say
-    `strict=False`: JSON has neither.
+    """An object inside a body, read strictly.
+
+    A key that is not known is an error that names it, and a value of another type is not made to
+    fit, except that `8.0` is 8. Enumerations and tuples say `strict=False`: JSON has neither.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -70,8 +71,9 @@ class Body(Part):
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read by us, after the key was checked: FastAPI reads any amount from
-    anybody first.
+    """A route whose body is read by us, after the key was checked.
+
+    FastAPI reads any amount from anybody first.
     """
 
     most_parts: ClassVar[int] = MAX_PARTS

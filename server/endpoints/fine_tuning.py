@@ -370,8 +370,9 @@ def _error(row: Job) -> TuningError | None:
 
 
 def _release_of(session: Session, row: Job) -> str | None:
-    """The release that the job made: the first that names it; later ones have its adapter with
-    another prompt.
+    """The release that the job made: the first that names it.
+
+    Later ones have its adapter with another prompt.
     """
     if row.status != JobStatus.SUCCEEDED:
         return None

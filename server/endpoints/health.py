@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz`: is the process there, and can it answer?"""
+"""`/healthz` and `/readyz` say whether the process is there, and whether it can answer."""
 
 from __future__ import annotations
 

@@ -142,9 +142,10 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
 
 
 def _check_user(session: Session, caller: Caller, user: str) -> None:
-    """Raises Forbidden where a limited administrator names a user who has, or had, a key beyond
-    those limits: a second key would speak as the same person, whose uploads belong to no
-    deployment.
+    """Refuse a limited administrator a key for somebody who reaches further.
+
+    A user who has, or had, a key beyond those limits is meant: a second key would speak as the same
+    person, whose uploads belong to no deployment. Raises Forbidden.
     """
     known = session.scalars(select(Key).where(Key.user == user))
     if not all(_sees(caller, row) for row in known):

@@ -608,8 +608,10 @@ class Fleet:
             await asyncio.sleep(interval_seconds)
 
     async def reconcile(self) -> None:
-        """Look at every engine once: meet new ones, notice those that went or restarted, restore
-        and prove what each must hold.
+        """Look at every engine once.
+
+        Meets new ones, notices those that went or restarted, restores and proves what each must
+        hold.
         """
         await self._find_members()
         await asyncio.gather(*(self._attend(member) for member in list(self.members.values())))
@@ -790,8 +792,9 @@ class Fleet:
         return proof is not None and self._is_fit(release, proof, tolerate_noise)
 
     def _fail(self, member: Member, reason: str) -> None:
-        """No more traffic until a look shows the engine well; while its boot id is the same, what
-        was proven there stays proven.
+        """Send no more traffic until a look shows the engine well.
+
+        While its boot id is the same, what was proven there stays proven.
         """
         if member.status is not EngineStatus.FAILED:
             logger.warning(

@@ -151,7 +151,10 @@ def _verbatim(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:
-    """`{"a": 1, "b": True, "c": False, "d": [1, 2]}` → `--a 1 --b --no-c --d 1 2`"""
+    """Write options as arguments of a command.
+
+    `{"a": 1, "b": True, "c": False, "d": [1, 2]}` → `--a 1 --b --no-c --d 1 2`
+    """
     arguments: list[str] = []
     for key, value in options.items():
         match value:

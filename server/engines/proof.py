@@ -34,9 +34,9 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The outcome with its figures:
+    """The outcome with its figures.
 
-    mean absolute differences of log-probability per token, in nats.
+    They are mean absolute differences of log-probability per token, in nats.
     """
 
     outcome: Outcome
@@ -67,8 +67,9 @@ class Proof:
 
 
 def judge(reference: Mapping[str, Any], engine_base: Figures, engine_adapter: Figures) -> Proof:
-    """Compare an engine's figures with the trainer's `reference` (`base`, `adapter`: one list a
-    prompt, in nats).
+    """Compare an engine's figures with the trainer's.
+
+    `reference` has `base` and `adapter`: one list a prompt, in nats.
 
     Proven: distance to the trainer's adapter at most three times the noise and at most a third of
     the distance to the base. The noise is the engine's own: how far its base is from the trainer's

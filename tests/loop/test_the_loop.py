@@ -249,10 +249,7 @@ def _wait_for_evaluation(service: Service, release: str) -> dict[str, Any]:
 
 
 def test_killed_children_are_mended_and_a_promoted_adapter_is_restored(service: Service) -> None:
-    """Runs after the loop:
-
-    `assistant@1` exists. `kill -9` of gateway, worker and engine in turn.
-    """
+    """After the loop `assistant@1` exists; gateway, worker and engine are killed in turn."""
     promoted = {"release": "assistant@1", "force": True, "note": "to be restored"}
     service.admin.post("/admin/deployments/assistant/promote", json=promoted).raise_for_status()
     question = HELD_OUT[0]

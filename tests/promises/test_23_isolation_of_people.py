@@ -1,5 +1,6 @@
-"""Promise 23: another person's ids, and those of deployments outside the key's list, are unknown to
-every route, and asking about them changes nothing.
+"""Promise 23: another person's ids are unknown to every route.
+
+So are those of deployments outside the key's list, and asking about them changes nothing.
 
 The tables below name every route of `auth.ROUTES`; one that is in none of them fails a test.
 """

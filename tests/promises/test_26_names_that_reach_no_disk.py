@@ -1,5 +1,6 @@
-"""Promise 26: names such as `../../x`, absolute paths and releases of other deployments are
-unknown, and the disk is not asked about them.
+"""Promise 26: the disk is not asked about names that are no model.
+
+These are such as `../../x`, absolute paths and releases of other deployments.
 
 Python tells an audit hook of every file that it opens and of every directory that it lists
 (PEP 578); what only looks (`stat` and its like) it does not, so these functions tell here too.

@@ -1,5 +1,6 @@
-"""Promise 28: keys are kept as hashes, shown once, compared in constant time, and revoked
-everywhere within 5 s; neither keys nor prompt text get into logs.
+"""Promise 28: keys are kept as hashes, shown once, and revoked everywhere within 5 s.
+
+They are compared in constant time; neither keys nor prompt text get into logs.
 """
 
 from __future__ import annotations

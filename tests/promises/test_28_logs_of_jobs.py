@@ -1,5 +1,6 @@
-"""Promise 28, of jobs and uploads: what people wrote stands in no log of the worker, the trainer or
-the reader of uploads, in no event and no error of a job.
+"""Promise 28, of jobs and uploads: no log has what people wrote.
+
+That is no log of the worker, the trainer or the reader of uploads, no event and no error of a job.
 
 The worker, the trainer and the reader are the real ones, as processes; the model is tiny, and its
 template refuses a conversation in the words of that conversation. What is left out of the small run

@@ -1,5 +1,6 @@
-"""Ends of answers that were not sent after all: whatever fails, and in whatever order, their rows
-never say complete for good.
+"""Ends of answers that were not sent after all.
+
+Whatever fails, and in whatever order, their rows never say complete for good.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What one tuning job does, as a file: every setting with its default, and the environment of the
-child.
+"""What one tuning job does, as a file: every setting with its default.
+
+And the environment of the child.
 
 Owns: `TrainingConfig` and its JSON form, `child_environment`. Imports no torch, so the process that
 starts the child builds it. Does not own: where the values come from (a job's hyperparameters, a
@@ -150,9 +151,9 @@ class TrainingConfig(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TrainingConfig:
-        """Read a configuration;
+        """Read a configuration.
 
-        an unknown key, a wrong type or a value out of range raises `ConfigError`.
+        An unknown key, a wrong type or a value out of range raises `ConfigError`.
         """
         try:
             return cls.model_validate_json(text)
@@ -171,8 +172,9 @@ class TrainingConfig(BaseModel):
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
     def fingerprint(self) -> str:
-        """Hash (hex) of all settings that the adapter depends on: two runs with the same one are
-        the same run.
+        """Hash (hex) of all settings that the adapter depends on.
+
+        Two runs with the same one are the same run.
 
         What the files contain is the caller's to add.
         """

@@ -123,8 +123,9 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
 
 
 def name_of(path: Path) -> str:
-    """How a file is called in messages: with its folder, which has the id of the upload or the data
-    set.
+    """How a file is called in messages: with its folder.
+
+    The folder has the id of the upload or the data set.
     """
     return f"{path.parent.name}/{path.name}"
 
@@ -312,8 +313,9 @@ class Renderer:
         self.longest_tokens = 0  #: of all rows that were rendered, dropped ones too
 
     def render(self, rows: Sequence[Row], kinds: frozenset[Kind]) -> Rendered:
-        """Render the rows of the given kinds; the others, and those that don't fit, are counted by
-        reason.
+        """Render the rows of the given kinds.
+
+        The others, and those that don't fit, are counted by reason.
 
         Reasons: `other_kind`, `template_mismatch` (the prompt is not what it was when served),
         `template_refused` (the template takes no such conversation), `answer_rewritten` (it writes
@@ -433,8 +435,9 @@ def leave_out_near(rows: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
 def split_validation(
     examples: Sequence[Example], *, share: float, minimum: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return (training, validation): validation is `share` of the groups, chosen by their hash
-    alone.
+    """Return (training, validation).
+
+    Validation is `share` of the groups, chosen by their hash alone.
 
     With fewer than `minimum` of them, or nothing left to train on, everything trains and validation
     is empty.

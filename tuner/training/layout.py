@@ -1,5 +1,6 @@
-"""How sequences lie in one forward pass: as a tree of tokens, so that what several of them begin
-with is computed once.
+"""How sequences lie in one forward pass: as a tree of tokens.
+
+What several of them begin with is computed once.
 
 Owns: the tree, its attention mask, and which positions predict which completion tokens. A
 preference pair is `[prompt][chosen][rejected]` in one row; examples with the same system prompt
@@ -71,7 +72,7 @@ def tree_layout(sequences: Sequence[Sequence_]) -> Layout:
 
 
 def _ancestors(parents: Sequence[int]) -> Tensor | None:
-    """Which tokens lie on each token's path from the root;
+    """Which tokens lie on each token's path from the root.
 
     None for a single path, which is plain causal order.
     """
@@ -91,8 +92,9 @@ def sequences_of(example: Example) -> list[Sequence_]:
 
 
 def pack(examples: Sequence[Example], *, max_tokens: int) -> list[list[Example]]:
-    """Group the examples of one step into forward passes of about `max_tokens`, like beginnings
-    together.
+    """Group the examples of one step into forward passes of about `max_tokens`.
+
+    Like beginnings come together.
 
     An example is never divided, so one that is longer has a pass of its own. The order depends on
     the examples alone.

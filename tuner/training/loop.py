@@ -187,8 +187,9 @@ def _teaches(method: Method, examples: Sequence[Example]) -> bool:
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
-    """Rate of step `step` of 0 … `steps` - 1: linear warmup to the peak, then half a cosine to
-    zero.
+    """Rate of step `step` of 0 … `steps` - 1.
+
+    Linear warmup to the peak, then half a cosine to zero.
 
     No step has rate zero.
     """

@@ -1,5 +1,6 @@
-"""The base model with a LoRA adapter in it: loading, log-probabilities, and the adapter's canonical
-files.
+"""The base model with a LoRA adapter in it.
+
+Loading, log-probabilities, and the adapter's canonical files.
 
 Owns: how the model is called (logits at completion tokens only, the tree layout where attention
 allows it), the adapter's weights in and out. Does not own: losses, optimisation, data.
@@ -134,18 +135,18 @@ class TunedModel:
         write_folder(folder, {CONFIG_FILE: described, WEIGHTS_FILE: weights})
 
     def layouts(self, sequences: Sequence[Sequence_]) -> list[Layout]:
-        """Forward passes for the sequences:
+        """Forward passes for the sequences.
 
-        one tree, or one pass each where attention isn't plainly causal.
+        One tree, or one pass each where attention isn't plainly causal.
         """
         if self.uses_tree:
             return [tree_layout(sequences)]
         return [tree_layout([sequence]) for sequence in sequences]
 
     def sequence_logprobs(self, sequences: Sequence[Sequence_]) -> list[Tensor]:
-        """Log-probability of each completion token given what precedes it:
+        """Log-probability of each completion token given what precedes it.
 
-        one `(length,)` float32 per sequence.
+        One `(length,)` float32 per sequence.
         """
         return [part for layout in self.layouts(sequences) for part in self.layout_logprobs(layout)]
 
@@ -169,9 +170,9 @@ class TunedModel:
         return logits.float()
 
     def _additive(self, mask: Tensor | None) -> Tensor | None:
-        """The mask as what is added to attention scores;
+        """The mask as what is added to attention scores.
 
-        converted once here instead of once per layer.
+        It is converted once here instead of once per layer.
         """
         if mask is None:
             return None

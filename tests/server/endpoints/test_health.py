@@ -1,4 +1,4 @@
-"""Is the process there, and can it answer?"""
+"""Whether the process is there, and whether it can answer."""
 
 from __future__ import annotations
 

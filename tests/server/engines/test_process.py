@@ -312,9 +312,9 @@ def test_only_200_counts_as_an_answer(
 
 @pytest.mark.engine
 def test_an_engine_killed_with_9_leaves_no_process_of_its_own(tmp_path: Path) -> None:
-    """vLLM's engine core and worker are processes of their own;
+    """A killed API server leaves vLLM's engine core and worker running.
 
-    a killed API server leaves them running.
+    They are processes of their own.
     """
     pytest.importorskip("vllm")
     from server.children import Launch, start_guarded
