@@ -105,7 +105,7 @@ def messages_hash(person_id: str, messages: Iterable[Message]) -> str:
 def root_hash(messages: Iterable[Message]) -> str:
     """Names a conversation by its first user turn; 32 hex digits.
 
-    Case, the form of accents and white space are set apart.
+    It is made of the case-folded text in NFKC, its white space collapsed.
     The side of the split hangs on it, so that rephrasing by a space moves nothing from training to
     the holdout.
     """

@@ -53,7 +53,7 @@ class _Phase(Enum):
     ANSWER = auto()  #: us
     REST = auto()  #: the rest of a body that was answered before it was whole
     IDLE = auto()  #: the next request
-    CLOSING = auto()  #: that the last bytes are taken
+    CLOSING = auto()  #: for the client to take the last bytes
 
 
 _AT_WORK = (_Phase.BODY, _Phase.ANSWER)
@@ -123,7 +123,7 @@ class Bounds:
         self._waiting.pop(connection, None)
 
     def forget(self, connection: BoundedHttpProtocol) -> None:
-        """It is no more."""
+        """Count a connection no longer: it is closed."""
         self._open.discard(connection)
         self._waiting.pop(connection, None)
 

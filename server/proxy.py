@@ -148,7 +148,7 @@ class Reply:
 
 
 def stopping() -> NotReady:
-    """What is said to whoever asks a gateway that ends, or is still waiting for its answer then."""
+    """The 503 for requests that are unanswered at shutdown."""
     return NotReady(
         "the gateway is shutting down; try again", code=SHUTTING_DOWN, retry_after_seconds=1
     )
@@ -240,7 +240,7 @@ class Relay:
         self._client_left = True
 
     def _interrupt(self, why: str) -> None:
-        """Nothing more is heard or sent: have that recorded, unless an end is."""
+        """Record the answer as interrupted unless its end is recorded."""
         if not self._recorded:
             self._recorded = True
             self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, why))

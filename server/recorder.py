@@ -1,4 +1,4 @@
-"""Has answers written, and knows when they are.
+"""Queues answer rows for the writer and awaits their commit.
 
 Owns: the gateway's side of the writer (`writer.py`): who waits for which row, and the writer's
 life. Covered: an answer's end is known to be committed before it is released; a wait that ends

@@ -1,4 +1,4 @@
-"""What is left of deleted things outside of their own rows, and goes too.
+"""Removes what deleted things leave outside of their own rows.
 
 Owns: SQLite's write-ahead log after a deletion, dead letters of answers that are gone, kept replies
 that are a day old. Covered: a deletion through another gateway; a log that somebody reads just

@@ -92,7 +92,10 @@ class Trace:
         self._span.set_attributes(facts)
 
     def asked(self, engine_id: str, url: str) -> dict[str, str]:
-        """An engine is asked now: headers for it. Whoever was asked before has failed."""
+        """Start this attempt's span; mark the previous one failed.
+
+        Returns the headers for the engine.
+        """
         self._end_asking(failed=True)
         if self._recording:
             self._asking = self._tracer.start_asking(self._span, engine_id, url)

@@ -507,7 +507,7 @@ def _is_tool_call(call: Any) -> bool:
 
 
 def _without_strings(raw: bytes) -> bytes:
-    """A JSON text without what stands in its strings. Of what is no JSON, something."""
+    """A JSON text without what stands in its strings. Unspecified for invalid JSON."""
     return b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
 
 

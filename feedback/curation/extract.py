@@ -128,7 +128,7 @@ def edit_share(before: str, after: str) -> float:
 
 
 def build_prompt_hash(messages: Iterable[Mapping[str, Any]]) -> str:
-    """Names a prompt by what was said in it, system messages and normal form apart; 32 digits."""
+    """Hash of the normalised turns, system messages left out; 32 hex digits."""
     said = [
         [message.get("role"), normalise(text_of(message.get("content"))), message.get("tool_calls")]
         for message in messages
@@ -138,7 +138,7 @@ def build_prompt_hash(messages: Iterable[Mapping[str, Any]]) -> str:
 
 
 def build_near_hash(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Names a prompt by its words alone: signs, parts and tool calls apart too; 32 hex digits."""
+    """Hash of the normalised words, signs and tool calls left out too; 32 hex digits."""
     words = [
         word
         for message in messages

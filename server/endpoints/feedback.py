@@ -239,7 +239,7 @@ def person_of(session: Session, caller: Caller, end_user: str | None) -> str | N
 
 
 def user_of(session: Session, person_id: str) -> str:
-    """How whoever calls knows a person: the end user's name, else the key's user."""
+    """The person's name as the caller knows it: the end user's name, else the key's user."""
     person = session.get_one(Person, person_id)
     return person.end_user or person.user
 
