@@ -105,9 +105,8 @@ def messages_hash(person_id: str, messages: Iterable[Message]) -> str:
 def root_hash(messages: Iterable[Message]) -> str:
     """Names a conversation by its first user turn; 32 hex digits.
 
-    It is made of the case-folded text in NFKC, its white space collapsed.
-    The side of the split hangs on it, so that rephrasing by a space moves nothing from training to
-    the holdout.
+    The turn is normalised first: case-folded, NFKC, white space collapsed. The side of the split
+    depends on this hash, so a changed space moves nothing from training to the holdout.
     """
     first = next((text_of(m.get("content")) for m in messages if m.get("role") == "user"), "")
     return hashlib.sha256(normalise(first).encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -60,9 +60,9 @@ def seal(database: Database, with_: Seal) -> None:
 
 
 class AuditBroken(Exception):
-    """An entry is not what was appended.
+    """An entry of the log is not what was appended, or is missing.
 
-    `seq` names the first such entry, or the first that is missing.
+    `seq` is the number of the first such entry.
     """
 
     def __init__(self, seq: int, message: str) -> None:

@@ -1,7 +1,7 @@
-"""JSON texts of a value: to be hashed and compared, or with the order of its keys.
+"""Two JSON serialisations of a value: with sorted keys, and with its keys in their order.
 
-Of the first kind two equal values have the same text. The second is what chat templates write into
-prompts.
+The sorted one is hashed and compared. The other exists because chat templates write values into
+prompts in the order of their keys.
 
 It imports nothing heavy: the child that reads uploads starts in milliseconds because of that.
 """
@@ -18,9 +18,9 @@ _IN_ORDER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_na
 
 
 def json_in_order(value: Any) -> str:
-    """Write `value` as JSON with its keys as they stand and no spaces.
+    """`value` as JSON without spaces, its keys in their order.
 
-    NaN and infinities raise ValueError.
+    Raises ValueError for NaN and infinities.
     """
     return _IN_ORDER.encode(value)
 

@@ -34,10 +34,10 @@ _EXCHANGED = {Preferred.A: Preferred.B, Preferred.B: Preferred.A}
 
 @dataclass(frozen=True, slots=True)
 class NewComparison:
-    """What a request says.
+    """The comparison that a request asks to record.
 
-    `preferred` None withdraws; `comment` None leaves the comment as it is while `preferred` stays
-    the same.
+    `preferred` None withdraws it. `comment` None keeps the earlier comment as long as `preferred`
+    is unchanged.
     """
 
     completion_ids: tuple[str, str]
@@ -187,9 +187,10 @@ def list_comparison_revisions(
 
 
 def _check_same_prompt(session: Session, one: Answer, other: Answer) -> None:
-    """Raise BadRequest unless both can be compared.
+    """Check that two answers can be compared: both answer the same messages with the same tools.
 
-    Both are finished chat answers, with stored text, to the same messages and tools.
+    Raises BadRequest otherwise, and where one is unfinished, no chat answer, or stored without its
+    text.
     """
     prompts = []
     for answer in (one, other):

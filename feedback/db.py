@@ -331,10 +331,10 @@ class Writing:
 
 
 def _leave_values_out(context: ExceptionContext) -> None:
-    """Take the values of a statement out of its errors.
+    """Strip details from a database error, so that nothing that people wrote gets into logs.
 
-    Errors get into logs, and what people wrote does not. SQLAlchemy is told to leave parameters
-    out, and PostgreSQL repeats the row that it refuses in the details of its error.
+    PostgreSQL repeats a row that it refuses in the error's details. Statement parameters are left
+    out by an option of SQLAlchemy.
     """
     for error in (context.original_exception, context.sqlalchemy_exception):
         _leave_details_out(error)

@@ -257,9 +257,9 @@ def take_turn(session: Session, person_id: str) -> None:
 
 
 def touch_answers(session: Session, answer_ids: Iterable[str]) -> None:
-    """Move the revision of answers about which something was said.
+    """Advance the revision of answers that were judged.
 
-    They are taken in one order, so that no two writers deadlock.
+    They are updated in the order of their ids, so that no two writers deadlock.
     """
     for answer_id in sorted(set(answer_ids)):
         session.execute(
@@ -271,9 +271,9 @@ def touch_answers(session: Session, answer_ids: Iterable[str]) -> None:
 
 
 def speaks_for(viewer: Viewer, person_id: InstrumentedAttribute[str]) -> ColumnElement[bool]:
-    """The condition on `person_id` under which a verdict is one of the viewer.
+    """SQL condition on `person_id` that is true for the people whom the viewer speaks for.
 
-    That is: the viewer's own verdicts, their end users', or everybody's.
+    They are the viewer alone, all end users of the viewer's application, or everybody.
     """
     if viewer.sees_all:
         return true()

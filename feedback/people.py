@@ -58,10 +58,10 @@ def speaks_for(session: Session, viewer: Viewer, person_id: str) -> bool:
 
 
 def speaker_of(session: Session, viewer: Viewer, owner_id: str) -> str:
-    """The person whom a verdict counts for when it names nobody.
+    """The person for whom a verdict counts if it names nobody.
 
-    An application's counts for its end user, whose answer it is about; everybody else's for
-    themselves, whoever got the answer.
+    That is the person who got the answer where the viewer speaks for them, as an application does
+    for its end users; otherwise the viewer.
     """
     return owner_id if speaks_for(session, viewer, owner_id) else viewer.person_id
 

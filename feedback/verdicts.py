@@ -1,6 +1,4 @@
-"""What may be said in a verdict: the values of each kind.
-
-Everything that people write has a bound here.
+"""The values that each kind of verdict may have, and the bounds on what people write.
 
 Pure rules; each function returns the value as it is stored or raises BadRequest. Does not own the
 rows (`judgements.py`, `comparisons.py`).

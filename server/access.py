@@ -32,9 +32,9 @@ def sees(caller: Caller, deployment: str | None) -> bool:
 
 
 def reach(session: Session, caller: Caller, deployment: str | None) -> tuple[str, ...] | None:
-    """The deployments that a list shows: the one asked for, else all of the key's.
+    """The deployments that a list shows: the one asked for, else all that the key may use.
 
-    None: every one. Raises NotFound.
+    None stands for every deployment. Raises NotFound.
     """
     if deployment is None:
         return caller.key.deployments
@@ -72,9 +72,9 @@ def get_release(
 
 
 def get_adapter(session: Session, caller: Caller, adapter_id: str) -> tuple[Adapter, list[Release]]:
-    """The adapter, and its releases that the caller sees.
+    """The adapter with those of its releases that the caller may see.
 
-    A limited key that sees none of them gets NotFound, as for an unknown one.
+    Raises NotFound, also for a key limited to deployments that have no release of it.
     """
     row = session.get(Adapter, adapter_id)
     found = session.scalars(

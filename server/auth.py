@@ -177,7 +177,7 @@ class Keyring:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever makes a request: the key, and the person it speaks for."""
+    """The authenticated caller of a request: the key, and the person it speaks for."""
 
     key: KeyView
     person_id: str
@@ -226,9 +226,9 @@ def check_scope(key: KeyView, method: str, path: str) -> None:
 
 
 def check_routes(routes: Iterable[Any]) -> None:
-    """Raise RuntimeError unless the table of scopes fits the routes.
+    """Check that every route is public or in the table, and every row of the table a route.
 
-    Every route is public or in the table, and every row of the table is a route.
+    Raises RuntimeError otherwise.
     """
     seen = {
         (method, route.path)

@@ -50,10 +50,10 @@ class _Phase(Enum):
 
     HEAD = auto()  #: its first request, or the rest of a head that has begun
     BODY = auto()  #: the rest of a request's body
-    ANSWER = auto()  #: us
+    ANSWER = auto()  #: our answer
     REST = auto()  #: the rest of a body that was answered before it was whole
     IDLE = auto()  #: the next request
-    CLOSING = auto()  #: for the client to take the last bytes
+    CLOSING = auto()  #: the client to take the last bytes
 
 
 _AT_WORK = (_Phase.BODY, _Phase.ANSWER)
@@ -119,11 +119,11 @@ class Bounds:
             self._waiting.setdefault(connection)
 
     def work(self, connection: BoundedHttpProtocol) -> None:
-        """A request of it is being read or answered."""
+        """Mark a connection busy: a request of it is being read or answered."""
         self._waiting.pop(connection, None)
 
     def forget(self, connection: BoundedHttpProtocol) -> None:
-        """Count a connection no longer: it is closed."""
+        """Remove a connection that is closed or displaced; its place becomes free."""
         self._open.discard(connection)
         self._waiting.pop(connection, None)
 
@@ -295,7 +295,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._wait()
 
     def _wait(self) -> None:
-        """For the next request, of which something may be here already."""
+        """Wait for the next request, whose first bytes may have arrived already."""
         self._enter(_Phase.HEAD if self._untold_bytes else _Phase.IDLE)
 
     def _enter(self, phase: _Phase) -> None:
@@ -310,7 +310,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     @property
     def unread_since(self) -> float:
-        """Since when what waits for the client has not been taken."""
+        """The time since which the client has taken none of the bytes that wait for it."""
         is_watched = self.flow.write_paused or self._phase is _Phase.CLOSING
         return self._stalled_since if is_watched else self._since
 
@@ -319,7 +319,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._watch_taking()
 
     def _watch_taking(self) -> None:
-        """From now on the client has to take what waits for it."""
+        """Start the clock by which the client has to take the bytes that wait for it."""
         self._stalled_since = time.monotonic()
         self._left_bytes = self.transport.get_write_buffer_size()
 

@@ -124,9 +124,9 @@ def event_of(error: AppError) -> bytes:
 
 
 def fault_of_engine(status: int, body: bytes, *, names: Mapping[str, str]) -> AppError:
-    """The engine's error reply as ours.
+    """Translate an engine's error reply into an `AppError`.
 
-    `names` replaces engine names in its message by public ones.
+    `names` maps the engine's names in its message to public ones.
     """
     try:
         found = json.loads(body)["error"]

@@ -42,9 +42,9 @@ def sign(grant: Grant, secret: str) -> str:
 
 
 def read_token(token: str, secret: str | None, at: datetime) -> Grant:
-    """Read what a token allows at that time.
+    """Verify a token and return what it allows at that time.
 
-    Raises NotAuthenticated, with a code of its own when it has expired.
+    Raises NotAuthenticated, with a code of its own when the token has expired.
     """
     payload_text, _, signature_text = token.removeprefix(TOKEN_PREFIX).partition(".")
     try:

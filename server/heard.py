@@ -268,10 +268,9 @@ class Events:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Events that differ in one piece of text alone.
+    """The bytes around the text of events that are alike except for their text.
 
-    It has what stands before and after that text, as the engine writes it and as the client gets
-    it.
+    Before and after it, as the engine writes them and (`renamed_…`) as the client gets them.
     """
 
     before: bytes
@@ -282,7 +281,7 @@ class _Form:
 
 
 class Forms:
-    """The forms of one stream's events: what has one is heard without being parsed.
+    """Recognises a stream's events by their form, so that most of them need no JSON parsing.
 
     Nearly all events of a stream are alike but for the next token; taking that out of the bytes
     costs a quarter of parsing them.
@@ -333,7 +332,7 @@ class Forms:
             self._forms.append(_Form(before, after, renamed_before, renamed_after, pieces))
 
     def _place_of_text(self, event: dict[str, Any]) -> tuple[str, list[str]] | None:
-        """Which field of an event brought a piece of text, and where that was put.
+        """The field of an event that brought a piece of text, and the list that the text went to.
 
         None where the event said something else too.
         """

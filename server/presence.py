@@ -93,12 +93,11 @@ class Presence:
         self._free_since: dict[str, float] = {}
 
     def beat(self) -> None:
-        """Hold the own lock, and end the answers of gateways that are dead.
+        """Keep this gateway's lock, and end the answers of gateways that are dead.
 
-        Where the connection broke the lock is taken on a new one.
-
-        Raises what the database raises; then others' locks may have been lost with it, and each
-        gateway is given the whole time again.
+        The lock is taken on a new connection where the old one broke. Raises what the database
+        raises; then others' locks may have been lost with it, and each gateway is given the whole
+        time again.
         """
         try:
             connection = self._connect()

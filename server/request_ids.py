@@ -1,6 +1,6 @@
-"""The id of a request, on its reply and in every log line about it.
+"""The id of a request, which its reply and its log lines carry.
 
-For a completion it is the id of the answer.
+For a completion it is the id of the answer too.
 
 Owns: where it is made and kept. It is ours alone: a caller's own could repeat, or be another
 answer's. What a caller sends as `X-Client-Request-Id` or `X-Request-Id` stands beside it in log

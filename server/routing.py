@@ -135,10 +135,9 @@ def list_names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]
 
 
 def check_model(snapshot: Snapshot, model: str, allowed: tuple[str, ...] | None) -> None:
-    """Raise NotFound unless the key may use `model`, which is known.
+    """Check in memory that `model` names a deployment or the base, and that the key may use it.
 
-    Known are the base and the deployments in memory. Whether a release of that deployment exists is
-    not known here.
+    Raises NotFound otherwise. Whether a release of that deployment exists is not known here.
     """
     name, at, _ = model.partition("@")
     name = name if at else snapshot.aliases.get(model, model)

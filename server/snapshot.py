@@ -112,9 +112,10 @@ class Directory:
         self.keyring = Keyring({}, token_secret)
 
     async def refresh(self) -> None:
-        """Read everything again.
+        """Read everything again from the database.
 
-        Waits its turn, so what was committed before the call is seen after it.
+        Waits for a refresh that is under way and then reads anew, so what was committed before the
+        call is seen after it.
         """
         async with self._lock:
             snapshot, self.keyring = await asyncio.to_thread(self._load)

@@ -1,6 +1,6 @@
-"""Spans of chat and text completions, for OpenTelemetry.
+"""OpenTelemetry spans of chat and text completions.
 
-There is one of the server, and one for each engine that was asked.
+A request has one span of the server and one for each attempt at an engine.
 
 Owns: what a span says and when it ends, and the trace context on the way in (`traceparent`) and out
 (to the engine, which has spans of its own). The names are those of OpenTelemetry's conventions for
@@ -92,10 +92,7 @@ class Trace:
         self._span.set_attributes(facts)
 
     def asked(self, engine_id: str, url: str) -> dict[str, str]:
-        """Start this attempt's span; mark the previous one failed.
-
-        Returns the headers for the engine.
-        """
+        """Start this attempt's span and mark the previous one failed; returns headers to send."""
         self._end_asking(failed=True)
         if self._recording:
             self._asking = self._tracer.start_asking(self._span, engine_id, url)
@@ -103,7 +100,7 @@ class Trace:
         return self._tracer.context_of(self._asking or self._span)
 
     def committed(self, seconds: float) -> None:
-        """So long the request waited for a commit."""
+        """Add to the time that the request has waited for commits."""
         self._committing += seconds
 
     def answered(

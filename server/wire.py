@@ -1,6 +1,4 @@
-"""The bodies of chat and text completions: which fields pass and which do not.
-
-Those that do not are named as ignored, or refused.
+"""Request bodies of chat and text completions: fields that pass, are ignored, or are refused.
 
 Owns: the three lists, the checks, and what is sent to the engine. Does not own: who may call what
 (`auth.py`), which release answers (`routing.py`), the answer's way back (`proxy.py`).
@@ -239,11 +237,10 @@ def engine_body(
     sampling: Mapping[str, Any],
     template_kwargs: frozenset[str],
 ) -> dict[str, Any]:
-    """What the engine is sent, with its own name for the model.
+    """Build the body that is sent to the engine, with `model` rewritten.
 
-    Forwarded fields, and the release's sampling under the caller's.
-
-    Usage is always asked for, for the record; `proxy.py` takes it out where the caller did not.
+    It has the forwarded fields; the release's sampling fills in what the caller did not set. Usage
+    is always asked for, for the record; `proxy.py` takes it out where the caller did not.
     """
     given = {name for name, value in parsed.given.items() if value is not None}
     body = {name: value for name, value in sampling.items() if name not in given}
@@ -507,7 +504,7 @@ def _is_tool_call(call: Any) -> bool:
 
 
 def _without_strings(raw: bytes) -> bytes:
-    """A JSON text without what stands in its strings. Unspecified for invalid JSON."""
+    """A JSON text without the contents of its strings; unspecified for invalid JSON."""
     return b"".join(raw.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
 
 

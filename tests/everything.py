@@ -1,6 +1,6 @@
-"""One of everything that a deployment and its user can have.
+"""Fixtures for tests that call every route: one object of every kind, and a check for changes.
 
-For tests that call every route, with a look at whether something happened.
+The objects belong to a deployment and its user.
 """
 
 from __future__ import annotations

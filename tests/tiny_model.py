@@ -1,4 +1,4 @@
-"""A chat model with random weights, made in a second and served by vLLM.
+"""A tiny chat model with random weights, which a test makes in a second and vLLM serves.
 
 Shaped like SmolLM2 (Llama, grouped heads, tied embeddings, ChatML), with a byte-level tokenizer
 without merges: one token per byte of UTF-8. Its answers mean nothing.

@@ -1,4 +1,4 @@
-"""LoRA adapters as content: one form, one identity, checks, and the store.
+"""LoRA adapters as files: canonical form, identity by content hash, checks, and the store.
 
 Owns: the two files of an adapter (`adapter_config.json`, `adapter_model.safetensors`), the hash
 that names them, every reason for which one is refused, and the content-addressed folder that

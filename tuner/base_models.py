@@ -322,7 +322,7 @@ def _linear_modules(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Names of tensors with `dtype` and `shape`, out of the header of a file.
+    """Read a safetensors file's header: each tensor's name with its `dtype` and `shape`.
 
     The format: https://github.com/huggingface/safetensors#format.
     """

@@ -1,4 +1,4 @@
-"""The gate says whether a candidate answers better than production, and is sane.
+"""The gate decides whether a candidate is sane and answers better than production does.
 
 Owns: the decision and its reasons, from figures alone. Pure: no database, no model, no clock. Does
 not own how the figures are gathered (`measuring.py`), the tests (`significance.py`) or who may

@@ -1,4 +1,4 @@
-"""What jobs leave on disk, and what of it goes when they have ended.
+"""Cleans up the files of tuning jobs that have ended, and what crashes left on disk.
 
 Owns: which files explain a run and stay, and the search for what crashes left. Never touches what a
 job that is queued, running or paused needs. Does not own how a run writes its files
@@ -131,7 +131,7 @@ def _is_tidy(folder: Path) -> bool:
 
 
 def _has_ended(database: Database, job_id: str) -> bool:
-    """True for a job that is no more, too."""
+    """Whether a job has ended; true for a deleted one too."""
     with database.read() as session:
         job = session.get(Job, job_id)
     return job is None or job.status in ENDED

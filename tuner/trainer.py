@@ -43,9 +43,9 @@ class TrainingFailed(Exception):
 
 
 def environment_for_others() -> dict[str, str]:
-    """This process's environment for a program of others, as vLLM or torch.
+    """The environment for other people's programs (vLLM, torch), without our credentials.
 
-    It lacks what opens the gateway or the database.
+    It is this process's own, without what opens the gateway or the database.
     """
     return {
         key: value

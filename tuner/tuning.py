@@ -223,12 +223,11 @@ def create_tuning_job(
 def list_sources_left_out(
     session: Session, deployment: Deployment, dataset_id: str | None, *, training_file: str
 ) -> list[str]:
-    """What production learned from and a candidate of `training_file` doesn't.
+    """The sources that production learned from and a candidate of `training_file` doesn't.
 
-    The file is of `dataset_id`; None: an upload.
-
-    A newer data set of the same deployment holds what an older one held, so an upload leaves a data
-    set out, and everything else leaves out an upload that production learned from.
+    `dataset_id` is the data set that the file belongs to, None for an upload. A newer data set of
+    the same deployment holds what an older one held, so an upload leaves a data set out, and
+    everything else leaves out an upload that production learned from.
     """
     production = production_of(session, deployment)
     if production.dataset_id is not None:

@@ -124,9 +124,9 @@ class Lease:
         self._stopping = stopping
 
     def check(self) -> None:
-        """Raise what ends the job, when it must end.
+        """Raise an exception if the job must end now.
 
-        `LeaseLost`, `WorkerStopping`, `JobCancelled` or `JobPaused`.
+        One of `LeaseLost`, `WorkerStopping`, `JobCancelled` and `JobPaused`.
         """
         if self.lost.is_set():
             raise LeaseLost(f"attempt {self.job.attempt} no longer holds job {self.job.id}")

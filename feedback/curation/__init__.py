@@ -1,7 +1,6 @@
-"""From judged answers to training examples.
+"""Curation: from judged answers to training examples.
 
-`extract` looks at one answer, `select` at all that came of them.
-
-Both are pure. `policy` says how, `judged` reads the answers with their verdicts from the database,
-`extractions` keeps what was made of them, `files` writes what was selected.
+`extract` turns one judged answer into examples, `select` chooses among the examples of all answers.
+Both are pure. `policy` holds their rules, `judged` reads the answers with their verdicts from the
+database, `extractions` keeps what was made of them, `files` writes what was selected.
 """

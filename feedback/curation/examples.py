@@ -1,7 +1,7 @@
-"""The words of curation: what goes in, what comes out, and why something does not.
+"""The types of curation: its input, its examples, and the reasons for which something is dropped.
 
-Plain values without a database, shared by `extract`, `select` and whoever reads or writes data
-sets.
+Plain values without a database, shared by `extract`, `select` and the code that reads or writes
+data sets.
 """
 
 from __future__ import annotations
@@ -124,9 +124,9 @@ class JudgedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Something that an example takes for true.
+    """What an example asserts: that `target` is good, or isn't.
 
-    That is: `target` is good, or, of a pair, one way round.
+    Of a preference pair the target is the pair in one order.
     """
 
     target: str
@@ -135,9 +135,9 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """What `select` knows of an example, which is no text.
+    """The facts about an example that `select` decides by, without its text.
 
-    `position` says where its text lies and counts for nothing else.
+    `position` says where the text lies; no decision depends on it.
     """
 
     example_id: str

@@ -1,6 +1,6 @@
-"""The first stage of curation: from one judged answer to examples.
+"""The first stage of curation: turns one judged answer into training examples.
 
-Each verdict that makes none gets a reason.
+A verdict that makes no example gets a reason.
 
 | verdict | teaches |
 |---|---|
@@ -115,12 +115,10 @@ def extract(answer: JudgedAnswer, policy: Policy) -> Extracted:
 
 
 def edit_share(before: str, after: str) -> float:
-    """How much of a text an edit changes, from 0 (nothing) to 1 (everything).
+    """The share of a text that an edit changes, from 0 (nothing) to 1 (everything).
 
-    It is 1 - Dice over pairs of adjacent words.
-
-    Linear in length. A word exchanged in a sentence of twenty is about 0.1, in one of six about
-    0.3.
+    It is 1 minus the Dice coefficient of the pairs of adjacent words. Linear in length. A word
+    exchanged in a sentence of twenty is about 0.1, in one of six about 0.3.
     """
     one, other = _word_pairs(before), _word_pairs(after)
     total = one.total() + other.total()
@@ -128,7 +126,7 @@ def edit_share(before: str, after: str) -> float:
 
 
 def build_prompt_hash(messages: Iterable[Mapping[str, Any]]) -> str:
-    """Hash of the normalised turns, system messages left out; 32 hex digits."""
+    """Hash of the prompt's normalised turns, system messages left out; 32 hex digits."""
     said = [
         [message.get("role"), normalise(text_of(message.get("content"))), message.get("tool_calls")]
         for message in messages
@@ -138,7 +136,11 @@ def build_prompt_hash(messages: Iterable[Mapping[str, Any]]) -> str:
 
 
 def build_near_hash(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Hash of the normalised words, signs and tool calls left out too; 32 hex digits."""
+    """Hash of the prompt's words alone, for finding near duplicates; 32 hex digits.
+
+    System messages, punctuation, message boundaries and tool calls are left out. A prompt without
+    words has its `build_prompt_hash`.
+    """
     words = [
         word
         for message in messages
@@ -261,7 +263,7 @@ def _check_length(message: Message, policy: Policy) -> Message:
 
 
 def _clean(message: Mapping[str, Any]) -> Message:
-    """An assistant message with what is trained on and no more."""
+    """The assistant message reduced to the fields that are trained on."""
     kept: Message = {"role": "assistant", "content": message.get("content")}
     if message.get("tool_calls"):
         kept["tool_calls"] = message["tool_calls"]

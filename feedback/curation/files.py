@@ -107,9 +107,9 @@ class FilesWriter:
             self._stream(kind, side, OPENAI).write(json_in_order(openai_row))
 
     def finish(self, folder_name: str) -> tuple[tuple[WrittenFile, ...], str]:
-        """Make all files durable.
+        """Flush everything to disk and return the files with the content hash (64 hex digits).
 
-        Returns them, as they lie below `folder_name`, and the content hash (64 hex digits).
+        The files' paths begin with `folder_name`.
         """
         files = []
         for (kind, side, dialect), stream in sorted(self._streams.items()):

@@ -1,9 +1,8 @@
-"""The policy of curation: every choice between a verdict and an example.
+"""The policy of curation: the settings by which verdicts become training examples.
 
-A team may want each of them otherwise.
-
-Owns the choices, their defaults and bounds, and the hashes that name a policy. Does not own what is
-done with them (`extract.py`, `select.py`) or where a deployment's policy is kept.
+Owns the choices that a team may want to make otherwise, their defaults and bounds, and the hashes
+that name a policy. Does not own what is done with them (`extract.py`, `select.py`) or where a
+deployment's policy is kept.
 """
 
 from __future__ import annotations

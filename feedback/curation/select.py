@@ -45,10 +45,7 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The set, in the order of example ids, and why the rest is not in it.
-
-    Reasons come in the order of judgements.
-    """
+    """The chosen examples, by example id, and the reasons for the others, by judgement."""
 
     chosen: tuple[Chosen, ...]
     drops: tuple[Drop, ...]
@@ -67,9 +64,10 @@ def find_same_words(train: Sequence[Feature], holdout: Sequence[Feature]) -> Col
 
 
 def find_side(root_hash: str, policy: Policy) -> Side:
-    """The side of a conversation, by its first user turn.
+    """The side of the split, training or holdout, that a conversation belongs to.
 
-    It is the same in every set with this salt and share.
+    It depends on the first user turn's hash alone, so it is the same in every set with this salt
+    and share.
     """
     digest = hashlib.sha256(f"{policy.salt}\n{root_hash}".encode()).digest()
     return Side.HOLDOUT if int.from_bytes(digest[:6]) < policy.holdout_share * 2**48 else Side.TRAIN

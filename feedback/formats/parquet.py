@@ -31,9 +31,9 @@ _NAMES_SHOWN = 10  #: of columns without a meaning
 
 
 def read_parquet(file: BinaryIO, limits: Limits, wanted: Collection[str]) -> Iterator[Record]:
-    """Read records with the columns in `wanted`.
+    """Read the records of a parquet file with the columns in `wanted`.
 
-    Of the others the first names stand there, without a value.
+    Of the other columns the first few appear with their name and no value.
     """
     try:
         import pyarrow

@@ -240,7 +240,7 @@ def _labelled(record: Record) -> Iterator[Row]:
 
 
 def _preference(record: Record) -> Iterator[Row]:
-    """With the prompt apart, or within both answers, where it must be the same."""
+    """A preference pair with its prompt in a field, or repeated at the start of both answers."""
     chosen, before = split_answer(record["chosen"], "chosen")
     rejected, other = split_answer(record["rejected"], "rejected")
     if before != other:

@@ -132,10 +132,7 @@ def run_demo(api: Api, *, keep: bool, report: Path | None) -> int:
 
 @contextmanager
 def service() -> Iterator[None]:
-    """A service for the demo, until the block ends.
-
-    It is the one that runs, else one that is started and ended with the block.
-    """
+    """A service for the demo: the running one, else one that is started for the block."""
     from server.engines.process import answers_ok
     from server.settings import load_settings
     from server.supervisor import local_url

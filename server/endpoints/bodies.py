@@ -42,10 +42,10 @@ T = TypeVar("T")
 
 
 class Part(WholeNumbers):
-    """An object inside a body, read strictly.
+    """Base of the objects in request bodies: unknown keys are errors, and types are strict.
 
-    A key that is not known is an error that names it, and a value of another type is not made to
-    fit, except that `8.0` is 8. Enumerations and tuples say `strict=False`: JSON has neither.
+    The one conversion is that `8.0` is read as 8. Fields that are enumerations or tuples set
+    `strict=False`, because JSON has neither.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -71,9 +71,9 @@ class Body(Part):
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read by us, after the key was checked.
+    """A route that reads its body itself, after the key was checked and up to a limit.
 
-    FastAPI reads any amount from anybody first.
+    FastAPI would read any amount from anybody first.
     """
 
     most_parts: ClassVar[int] = MAX_PARTS

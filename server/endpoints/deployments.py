@@ -401,9 +401,9 @@ def _deployment(
 
 
 def _engines(session: Session, row: Deployment, engines: list[EngineView]) -> list[EngineObject]:
-    """Each engine with the releases of this deployment that it can answer as.
+    """Each engine with the releases of this deployment that it can serve.
 
-    These are those of roles, and whatever else has an adapter there.
+    They are those with a role, and all others whose adapter is loaded there.
     """
     roles = {number for number in (row.production, row.previous, row.canary) if number is not None}
     loaded = {name for engine in engines for name in engine.loaded}

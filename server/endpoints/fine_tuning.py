@@ -370,9 +370,9 @@ def _error(row: Job) -> TuningError | None:
 
 
 def _release_of(session: Session, row: Job) -> str | None:
-    """The release that the job made: the first that names it.
+    """The release that the job made, None unless it succeeded.
 
-    Later ones have its adapter with another prompt.
+    It is the first one that names the job; later ones have its adapter with another prompt.
     """
     if row.status != JobStatus.SUCCEEDED:
         return None

@@ -142,10 +142,10 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
 
 
 def _check_user(session: Session, caller: Caller, user: str) -> None:
-    """Refuse a limited administrator a key for somebody who reaches further.
+    """Refuse a user who has or had a key that a limited administrator may not see.
 
-    A user who has, or had, a key beyond those limits is meant: a second key would speak as the same
-    person, whose uploads belong to no deployment. Raises Forbidden.
+    A second key would speak as the same person, whose uploads belong to no deployment. Raises
+    Forbidden.
     """
     known = session.scalars(select(Key).where(Key.user == user))
     if not all(_sees(caller, row) for row in known):

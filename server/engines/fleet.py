@@ -608,10 +608,10 @@ class Fleet:
             await asyncio.sleep(interval_seconds)
 
     async def reconcile(self) -> None:
-        """Look at every engine once.
+        """Reconcile every engine once with what it must hold.
 
-        Meets new ones, notices those that went or restarted, restores and proves what each must
-        hold.
+        New engines are added, gone and restarted ones noticed, and on each one the adapters that it
+        must hold are restored and proven.
         """
         await self._find_members()
         await asyncio.gather(*(self._attend(member) for member in list(self.members.values())))
@@ -792,9 +792,9 @@ class Fleet:
         return proof is not None and self._is_fit(release, proof, tolerate_noise)
 
     def _fail(self, member: Member, reason: str) -> None:
-        """Send no more traffic until a look shows the engine well.
+        """Mark an engine failed: it gets no traffic until a later check finds it healthy.
 
-        While its boot id is the same, what was proven there stays proven.
+        What was proven there stays proven while its boot id is the same.
         """
         if member.status is not EngineStatus.FAILED:
             logger.warning(

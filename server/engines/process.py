@@ -151,9 +151,9 @@ def _verbatim(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:
-    """Write options as arguments of a command.
+    """Options as arguments: `{"a": 1, "b": True, "c": False}` becomes `--a 1 --b --no-c`.
 
-    `{"a": 1, "b": True, "c": False, "d": [1, 2]}` → `--a 1 --b --no-c --d 1 2`
+    A list gives its items after the flag: `{"d": [1, 2]}` becomes `--d 1 2`.
     """
     arguments: list[str] = []
     for key, value in options.items():

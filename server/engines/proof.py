@@ -67,13 +67,11 @@ class Proof:
 
 
 def judge(reference: Mapping[str, Any], engine_base: Figures, engine_adapter: Figures) -> Proof:
-    """Compare an engine's figures with the trainer's.
+    """Compare an engine's log-probabilities with the trainer's `reference`.
 
-    `reference` has `base` and `adapter`: one list a prompt, in nats.
-
-    Proven: distance to the trainer's adapter at most three times the noise and at most a third of
-    the distance to the base. The noise is the engine's own: how far its base is from the trainer's
-    base.
+    `reference` has `base` and `adapter`, each with one list a prompt, in nats. Proven: distance to
+    the trainer's adapter at most three times the noise and at most a third of the distance to the
+    base. The noise is the engine's own: how far its base is from the trainer's base.
     """
     trained_base, trained = reference["base"], reference["adapter"]
     noise = max(_distance(trained_base, engine_base), FLOOR_NATS)

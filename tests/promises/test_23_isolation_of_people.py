@@ -1,6 +1,6 @@
-"""Promise 23: another person's ids are unknown to every route.
+"""Promise 23: ids of other people, and of deployments outside the key's list, are unknown.
 
-So are those of deployments outside the key's list, and asking about them changes nothing.
+They are so to every route, and asking about them changes nothing.
 
 The tables below name every route of `auth.ROUTES`; one that is in none of them fails a test.
 """

@@ -1,6 +1,6 @@
-"""Promise 26: the disk is not asked about names that are no model.
+"""Promise 26: names that are paths, or releases of other deployments, never reach the disk.
 
-These are such as `../../x`, absolute paths and releases of other deployments.
+Names such as `../../x` and absolute paths are unknown.
 
 Python tells an audit hook of every file that it opens and of every directory that it lists
 (PEP 578); what only looks (`stat` and its like) it does not, so these functions tell here too.

@@ -1,6 +1,6 @@
-"""Promise 28: keys are kept as hashes, shown once, and revoked everywhere within 5 s.
+"""Promise 28: keys are kept safe, and neither keys nor prompt text get into logs.
 
-They are compared in constant time; neither keys nor prompt text get into logs.
+Keys are kept as hashes, shown once, compared in constant time, and revoked everywhere within 5 s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Promise 28, of jobs and uploads: no log has what people wrote.
+"""Promise 28, of jobs and uploads: what people wrote gets into no log, event or error.
 
-That is no log of the worker, the trainer or the reader of uploads, no event and no error of a job.
+The logs are those of the worker, the trainer and the reader of uploads; events and errors are a
+job's.
 
 The worker, the trainer and the reader are the real ones, as processes; the model is tiny, and its
 template refuses a conversation in the words of that conversation. What is left out of the small run

@@ -1,6 +1,6 @@
-"""Ends of answers that were not sent after all.
+"""Answers whose end was recorded but not sent never stay complete.
 
-Whatever fails, and in whatever order, their rows never say complete for good.
+Whatever fails, and in whatever order.
 """
 
 from __future__ import annotations

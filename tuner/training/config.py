@@ -1,6 +1,4 @@
-"""What one tuning job does, as a file: every setting with its default.
-
-And the environment of the child.
+"""The configuration of one tuning job, and the environment of its child process.
 
 Owns: `TrainingConfig` and its JSON form, `child_environment`. Imports no torch, so the process that
 starts the child builds it. Does not own: where the values come from (a job's hyperparameters, a
@@ -174,9 +172,8 @@ class TrainingConfig(BaseModel):
     def fingerprint(self) -> str:
         """Hash (hex) of all settings that the adapter depends on.
 
-        Two runs with the same one are the same run.
-
-        What the files contain is the caller's to add.
+        Two runs with the same one are the same run, if their files are: the files' contents are the
+        caller's to add.
         """
         settings = self.model_dump(mode="json", exclude=set(_NOT_IDENTITY))
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

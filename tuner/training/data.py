@@ -123,10 +123,7 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
 
 
 def name_of(path: Path) -> str:
-    """How a file is called in messages: with its folder.
-
-    The folder has the id of the upload or the data set.
-    """
+    """The file's name for messages: with its folder, the id of the upload or data set."""
     return f"{path.parent.name}/{path.name}"
 
 
@@ -313,9 +310,7 @@ class Renderer:
         self.longest_tokens = 0  #: of all rows that were rendered, dropped ones too
 
     def render(self, rows: Sequence[Row], kinds: frozenset[Kind]) -> Rendered:
-        """Render the rows of the given kinds.
-
-        The others, and those that don't fit, are counted by reason.
+        """Render the rows of the given kinds, and count all others by the reason they are dropped.
 
         Reasons: `other_kind`, `template_mismatch` (the prompt is not what it was when served),
         `template_refused` (the template takes no such conversation), `answer_rewritten` (it writes
@@ -435,12 +430,10 @@ def leave_out_near(rows: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
 def split_validation(
     examples: Sequence[Example], *, share: float, minimum: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return (training, validation).
+    """Split the examples into training and validation, in that order.
 
-    Validation is `share` of the groups, chosen by their hash alone.
-
-    With fewer than `minimum` of them, or nothing left to train on, everything trains and validation
-    is empty.
+    Validation is `share` of the groups, chosen by their hash alone. With fewer than `minimum` of
+    them, or nothing left to train on, everything trains and validation is empty.
     """
     held = [example for example in examples if int(example.group[:8], 16) < share * 2**32]
     if len(held) < minimum or len(held) == len(examples):

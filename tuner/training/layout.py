@@ -1,6 +1,4 @@
-"""How sequences lie in one forward pass: as a tree of tokens.
-
-What several of them begin with is computed once.
+"""Lays out sequences for one forward pass as a tree, so that common prefixes are computed once.
 
 Owns: the tree, its attention mask, and which positions predict which completion tokens. A
 preference pair is `[prompt][chosen][rejected]` in one row; examples with the same system prompt
@@ -72,7 +70,7 @@ def tree_layout(sequences: Sequence[Sequence_]) -> Layout:
 
 
 def _ancestors(parents: Sequence[int]) -> Tensor | None:
-    """Which tokens lie on each token's path from the root.
+    """The attention mask of a tree: which tokens lie on each token's path from the root.
 
     None for a single path, which is plain causal order.
     """
@@ -94,10 +92,8 @@ def sequences_of(example: Example) -> list[Sequence_]:
 def pack(examples: Sequence[Example], *, max_tokens: int) -> list[list[Example]]:
     """Group the examples of one step into forward passes of about `max_tokens`.
 
-    Like beginnings come together.
-
-    An example is never divided, so one that is longer has a pass of its own. The order depends on
-    the examples alone.
+    Examples that begin alike are put together. An example is never divided, so one that is longer
+    has a pass of its own. The order depends on the examples alone.
     """
     passes: list[list[Example]] = []
     room = 0

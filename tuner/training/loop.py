@@ -187,11 +187,9 @@ def _teaches(method: Method, examples: Sequence[Example]) -> bool:
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
-    """Rate of step `step` of 0 … `steps` - 1.
+    """The learning rate of a step: linear warmup to the peak, then half a cosine to zero.
 
-    Linear warmup to the peak, then half a cosine to zero.
-
-    No step has rate zero.
+    Steps are numbered 0 … `steps` - 1; none of them has rate zero.
     """
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:

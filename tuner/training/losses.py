@@ -25,9 +25,9 @@ def supervised_loss(logprobs: Tensor, weights: Tensor | None = None) -> tuple[Te
 def dpo_loss(
     chosen: Tensor, rejected: Tensor, *, beta: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Sigmoid DPO, `-log σ(β (chosen − rejected))`.
+    """Sigmoid DPO, `-log σ(β (chosen − rejected))` (Rafailov et al. 2023, eq. 7).
 
-    Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7.
+    Paper: https://arxiv.org/abs/2305.18290.
 
     `chosen`, `rejected`: policy minus reference log-probability, summed over completion tokens;
     `(B,)`, nats. `weights`: of the same shape; None is all ones. A pair whose answers gained

@@ -1,6 +1,4 @@
-"""The base model with a LoRA adapter in it.
-
-Loading, log-probabilities, and the adapter's canonical files.
+"""The base model with a LoRA adapter: loading it, log-probabilities, and the adapter's files.
 
 Owns: how the model is called (logits at completion tokens only, the tree layout where attention
 allows it), the adapter's weights in and out. Does not own: losses, optimisation, data.
@@ -135,9 +133,9 @@ class TunedModel:
         write_folder(folder, {CONFIG_FILE: described, WEIGHTS_FILE: weights})
 
     def layouts(self, sequences: Sequence[Sequence_]) -> list[Layout]:
-        """Forward passes for the sequences.
+        """Lay out the sequences for forward passes.
 
-        One tree, or one pass each where attention isn't plainly causal.
+        One tree for all of them, or one pass each where attention isn't plainly causal.
         """
         if self.uses_tree:
             return [tree_layout(sequences)]
@@ -170,9 +168,9 @@ class TunedModel:
         return logits.float()
 
     def _additive(self, mask: Tensor | None) -> Tensor | None:
-        """The mask as what is added to attention scores.
+        """The mask as an additive one, for attention scores.
 
-        It is converted once here instead of once per layer.
+        Converted once here instead of once per layer.
         """
         if mask is None:
             return None

@@ -1,6 +1,4 @@
-"""Reference figures: what base and adapter say about a few texts.
-
-They prove that an engine answers with these weights.
+"""Reference log-probabilities by which an engine is proven to answer with these weights.
 
 Owns: the choice of the texts and their figures here. Does not own: the engine's figures and the
 judgement (`server/engines/proof.py`). The texts are few and short, because every engine reads them

@@ -1,6 +1,4 @@
-"""What stands for weights in the fake engine.
-
-Pure functions of an adapter's bytes, and vLLM's two LRU caches.
+"""The fake engine's weights: pure functions of an adapter's bytes, and vLLM's two LRU caches.
 
 Owns: signatures, the answers and figures that follow from them, and which adapters are in memory.
 Tests call the same functions to know what to expect. Does not own: HTTP, and the bytes of a reply
