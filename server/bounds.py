@@ -114,7 +114,7 @@ class Bounds:
         return min(unread, key=lambda connection: connection.unread_since, default=None)
 
     def wait(self, connection: BoundedHttpProtocol) -> None:
-        """It has no request at work from now on."""
+        """Mark a connection idle: no request of it is being read or answered."""
         if connection in self._open:
             self._waiting.setdefault(connection)
 
@@ -128,7 +128,7 @@ class Bounds:
         self._waiting.pop(connection, None)
 
     def count(self, reason: str) -> None:
-        """A connection was ended from here."""
+        """Count a connection that the server ended, by its reason."""
         self._ended.add(reason)
 
     def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,4 +1,4 @@
-"""Paths that clients of OpenAI and of others ask for and that are not here: what to use or to set.
+"""Advice for paths of other APIs that clients ask for in vain: what to use or to set instead.
 
 Owns: the sentences. Does not own: that such a request is 404 (`errors.py`).
 """

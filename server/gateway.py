@@ -98,7 +98,7 @@ class Gateway:
             return find_or_create_person(session, user, end_user).id
 
     def forget_person(self, user: str) -> None:
-        """After an erasure the names of a user mean nobody."""
+        """Drop a user's persons from memory, after an erasure."""
         self._people_count -= len(self._people.pop(user, ()))
 
     def authorize(self, method: str, path: str, headers: Mapping[str, str]) -> KeyView:

@@ -33,7 +33,7 @@ class Policies(BaseModel):
 
 
 def merge_policies(old: dict[str, Any], new: Policies) -> dict[str, Any]:
-    """`old` with what `new` sets. Raises BadRequest for a curation policy that is none."""
+    """`old` with what `new` sets. Raises BadRequest for an invalid curation policy."""
     given = {name: getattr(new, name) for name in new.model_fields_set}
     merged = {name: value for name, value in {**old, **given}.items() if value is not None}
     Policy.from_json(merged.get("curation", {}))

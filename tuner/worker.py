@@ -124,7 +124,7 @@ class Lease:
         self._stopping = stopping
 
     def check(self) -> None:
-        """Raise an exception if the job must end now.
+        """Raise the exception that ends the job, if it must end now.
 
         One of `LeaseLost`, `WorkerStopping`, `JobCancelled` and `JobPaused`.
         """
