@@ -40,7 +40,9 @@ from server.children import Backoff, ChildSpec, Launch
 from server.supervisor import Supervisor
 
 folder, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+# The tests may run under nohup, or in a shell's background, where these two are ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def spec(name, code, options):
     launch = Launch([sys.executable, "-c", code], os.environ)
