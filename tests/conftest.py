@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 
 import httpx
 
@@ -16,3 +17,8 @@ pytest_plugins = [
 # Each of httpx's clients reads the certificates of the world anew, which takes longer than what a
 # test asks of a server on loopback.
 httpx._transports.default.create_ssl_context = functools.cache(httpx.create_ssl_context)
+
+# Under nohup, or in the background of a shell that isn't interactive, these are ignored, and every
+# command that a test starts would ignore them too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)

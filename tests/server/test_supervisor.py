@@ -40,9 +40,6 @@ from server.children import Backoff, ChildSpec, Launch
 from server.supervisor import Supervisor
 
 folder, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
-# The tests may run under nohup, or in a shell's background, where these two are ignored.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def spec(name, code, options):
     launch = Launch([sys.executable, "-c", code], os.environ)
