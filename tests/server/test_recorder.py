@@ -92,6 +92,21 @@ def writer_of(recorder: Recorder) -> Writer:
     return recorder.writer
 
 
+def fill_disk(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have every commit fail for as long as the event is set, which it is."""
+    writer, full = writer_of(recorder), threading.Event()
+    write = writer._write
+    full.set()
+
+    def fails(group: Any) -> None:
+        if full.is_set():
+            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+        write(group)
+
+    monkeypatch.setattr(writer, "_write", fails)
+    return full
+
+
 async def test_what_was_awaited_is_committed_and_groups_form_under_load(
     database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,16 +182,7 @@ async def test_ends_wait_for_a_database_that_is_away_and_say_that_nobody_got_the
 ) -> None:
     rows = [started_answer(person) for _ in range(3)]
     await asyncio.gather(*(recorder.record(row, SECONDS) for row in rows))
-    writer, away = writer_of(recorder), threading.Event()
-    write = writer._write
-    away.set()
-
-    def fails(group: Any) -> None:
-        if away.is_set():
-            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
-        write(group)
-
-    monkeypatch.setattr(writer, "_write", fails)
+    away = fill_disk(recorder, monkeypatch)
     late = started_answer(person)
     waits = [
         *(recorder.record(ended(row), SECONDS) for row in rows),
@@ -265,16 +271,7 @@ async def test_a_plain_answer_that_is_refused_becomes_a_dead_letter_and_a_row_wi
 async def test_a_plain_answer_waits_for_a_database_that_is_away_and_says_that_nobody_got_it(
     database: Database, recorder: Recorder, person: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer, away = writer_of(recorder), threading.Event()
-    write = writer._write
-    away.set()
-
-    def fails(group: Any) -> None:
-        if away.is_set():
-            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
-        write(group)
-
-    monkeypatch.setattr(writer, "_write", fails)
+    away = fill_disk(recorder, monkeypatch)
     row = whole(started_answer(person))
     with pytest.raises(NotRecorded):
         await recorder.record(row, SECONDS)

@@ -777,7 +777,7 @@ async def test_an_engine_is_asked_once_whether_it_calls_tools_however_many_want_
             raise EngineRefused(502, "Bad Gateway")
         return True
 
-    world.engines[0].parses_tools = answer  # type: ignore[attr-defined]
+    world.engines[0].parses_tools = answer  # type: ignore[attr-defined] - this engine alone
     waiting = [asyncio.ensure_future(world.fleet.parses_tools()) for _ in range(3)]
     await asyncio.sleep(0)
     answers.set()
@@ -797,7 +797,7 @@ async def test_what_everybody_may_read_of_an_engine_names_no_place(
     async def list_models() -> dict[str, str]:
         raise EngineRefused(500, words)
 
-    world.engines[0].list_models = list_models  # type: ignore[method-assign]
+    world.engines[0].list_models = list_models  # type: ignore[method-assign] - this one alone
     await world.fleet.reconcile()
     assert world.member.reason == "engine answered 500: [Errno 2] '…' on … via …"
     assert any(words in str(vars(record).get("reason")) for record in caplog.records)

@@ -57,6 +57,6 @@ async def test_what_is_no_refusal_of_the_request_tells_nothing_about_tools(statu
     async def refuse(*_: Any) -> tuple[int, str]:
         raise EngineRefused(status, "Bad Gateway")
 
-    engine._call = refuse  # type: ignore[method-assign]
+    engine._call = refuse  # type: ignore[method-assign] - the seam below HTTP
     with pytest.raises(EngineRefused):
         await engine.parses_tools("tiny")
