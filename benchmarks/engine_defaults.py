@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from server.children import Launch, start_guarded
-from server.engines.process import answers_ok, engine_command, free_port
 from server.machine import Machine, read_machine
+from server.processes.children import Launch, start_guarded
+from server.processes.engine import answers_ok, engine_command, free_port
 from server.settings import EngineSettings, ModelSettings, Settings
 from tuner.base_models import BaseModel, describe_base
 

@@ -43,7 +43,7 @@ from sqlalchemy import func, make_url, select
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.engines.process import free_port
+from server.processes.engine import free_port
 
 HERE = Path(__file__).parent
 CHUNKS = 32

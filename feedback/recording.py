@@ -4,7 +4,7 @@ Owns: how an answer begins and ends in the database, and which conversation it i
 answer whose beginning nobody saw (a plain one) comes as one row, at its end. Every answer pays for
 these statements, so they are written out and run by the driver: what SQLAlchemy does around a
 statement took two thirds of a group's time. Does not own: when groups are committed
-(`server/writer.py`), who reads answers (`answers.py`).
+(`server/chat/writer.py`), who reads answers (`answers.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns: the folder of each below `DATA/files`, its row, how much one user may keep. Does not own: the
 forms of a file (`formats/`), the child that reads it (`reading.py`), who may see one
-(`server/access.py`), jobs that train on it.
+(`server/access/visibility.py`), jobs that train on it.
 
 A file that is refused leaves nothing behind. What is kept is canonical: TRL's conversational rows
 as JSON Lines, beside a manifest with name, size and sha256 of what was sent.

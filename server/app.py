@@ -21,22 +21,23 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.db import Database
-from server import endpoints, request_ids
-from server.auth import check_routes
-from server.bounds import Bounds
-from server.encodings import Decoded, find_encoding
+from server import endpoints
+from server.access.keys import check_routes
+from server.access.limits import LimitRequests
+from server.chat.relay import ALWAYS
+from server.chat.request import IGNORED_HEADER
 from server.endpoints.chat import Completions
+from server.endpoints.openapi import DescribedApi
 from server.errors import add_error_handlers, describe_error
 from server.gateway import Gateway, build_gateway, running, sole_gateway
-from server.idempotency import REPLAYED_HEADER
-from server.limits import LimitRequests
+from server.http import request_ids
+from server.http.bounds import Bounds
+from server.http.encodings import Decoded, find_encoding
+from server.http.idempotency import REPLAYED_HEADER
 from server.machine import allow_open_files, collect_garbage_rarely, installed_version
 from server.metrics import CountRequests
-from server.openapi import DescribedApi
-from server.proxy import ALWAYS
 from server.settings import Settings
-from server.upgrade import check_schema
-from server.wire import IGNORED_HEADER
+from server.setup.upgrade import check_schema
 from tuner.base_models import BaseModel, describe_base
 
 _EXPOSED = (

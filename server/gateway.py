@@ -21,23 +21,23 @@ from feedback.db import Database, DatabaseUnfit, new_id
 from feedback.errors import AppError
 from feedback.people import find_or_create_person, find_person
 from feedback.recording import interrupt_started
-from server.auth import Caller, KeyView, check_scope, end_user_of
+from server.access.keys import Caller, KeyView, check_scope, end_user_of
+from server.access.limits import LimitBook, Limits
+from server.access.signing import Signing, open_signing
+from server.chat.directory import Directory
+from server.chat.recorder import Recorder
+from server.chat.routing import Snapshot
+from server.chat.tracing import Tracer, build_tracer
+from server.chat.writer import writer_lock
+from server.cluster.presence import present
 from server.engines.base import EngineAddress
 from server.engines.fleet import Fleet, managed_address
 from server.engines.same_prompt import SamePrompt
 from server.engines.vllm import VllmEngine
-from server.intake import Intake
-from server.limits import LimitBook, Limits
+from server.http.intake import Intake
 from server.metrics import Figures
-from server.presence import present
-from server.recorder import Recorder
 from server.remains import Remains
-from server.routing import Snapshot
 from server.settings import Settings
-from server.signing import Signing, open_signing
-from server.snapshot import Directory
-from server.tracing import Tracer, build_tracer
-from server.writer import writer_lock
 from tuner.adapters import AdapterRefused, AdapterStore
 from tuner.base_models import TRAINED_TOKENS, BaseModel
 from tuner.tables import Adapter

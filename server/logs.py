@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from server.request_ids import describe_request
+from server.http.request_ids import describe_request
 
 SELDOM_SECONDS = 1.0
 

@@ -2,7 +2,7 @@
 
 Owns: reading cores, instruction sets, memory and GPUs without importing torch or vLLM; how often
 garbage is collected; how many files may be open. Does not own: what follows from the machine
-(`engines/process.py`, `doctor.py`).
+(`processes/engine.py`, `setup/doctor.py`).
 """
 
 from __future__ import annotations

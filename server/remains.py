@@ -17,8 +17,8 @@ from sqlalchemy import select
 
 from feedback.db import Database
 from feedback.tables import Answer
-from server.dead_letters import remove_letters
-from server.idempotency import MOST_REMOVED, remove_old
+from server.chat.dead_letters import remove_letters
+from server.http.idempotency import MOST_REMOVED, remove_old
 
 logger = logging.getLogger(__name__)
 

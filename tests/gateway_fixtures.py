@@ -22,15 +22,15 @@ import uvicorn
 import uvloop
 
 from feedback.db import Database, new_id, now
-from server import deployments
+from server.access.keys import Scope, create_key
 from server.app import build_config, create_app
-from server.auth import Scope, create_key
-from server.deployments import Move
+from server.deployments import promotion
+from server.deployments.promotion import Move
 from server.engines.base import EngineAddress
 from server.engines.fake import BASE as BASE_SIGNATURE
 from server.engines.fake import FakeEngine, fake_logprobs, fake_signature
-from server.engines.process import free_port
 from server.gateway import Gateway, build_gateway, sole_gateway
+from server.processes.engine import free_port
 from server.settings import (
     EngineSettings,
     GatewaySettings,
@@ -124,10 +124,10 @@ class RunningGateway:
     def promote(self, release: str, **move: Any) -> Deployment:
         """Promote as an administrator would; by default with force and a note."""
         move = {"actor": "admin", "note": "for a test", "force": True, **move}
-        return self.run(deployments.promote(self.gateway, "assistant", release, Move(**move)))
+        return self.run(promotion.promote(self.gateway, "assistant", release, Move(**move)))
 
     def rollback(self) -> Deployment:
-        return self.run(deployments.rollback(self.gateway, "assistant", Move(actor="admin")))
+        return self.run(promotion.rollback(self.gateway, "assistant", Move(actor="admin")))
 
     def reconcile(self) -> None:
         """Have the fleet look at its engines; returns afterwards."""

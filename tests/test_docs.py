@@ -22,10 +22,10 @@ from pydantic import BaseModel, SecretStr
 
 from feedback.curation.examples import DropReason
 from feedback.curation.policy import Policy
-from server.auth import PUBLIC, ROUTES, Scope
+from server.access.keys import PUBLIC, ROUTES, Scope
+from server.chat.request import NOT_FORWARDED, REFUSED, ChatRequest, TextRequest
 from server.cli import app
 from server.settings import Settings
-from server.wire import NOT_FORWARDED, REFUSED, ChatRequest, TextRequest
 from tests.gateway_fixtures import RunningGateway
 from tuner.training.config import TrainingConfig
 from tuner.training.data import WHAT_TO_DO

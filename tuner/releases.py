@@ -1,8 +1,9 @@
 """Releases and deployments: what can answer under a public name, and the moves between them.
 
 Owns: their rows, the rules for who may be promoted, and the moves as compare-and-set on
-`generation`. Does not own the effects of a move on engines (`server/deployments.py`) or the weights
-(`adapters.py`). Functions take the session first and never commit.
+`generation`. Does not own the effects of a move on engines
+(`server/deployments/promotion.py`) or the weights (`adapters.py`). Functions take the
+session first and never commit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tuning jobs as they are asked for: which examples, which method, which hyperparameters.
 
 Owns: the making of `freeze` and `tune` jobs and every reason to refuse one before it is queued.
-Does not own what the worker does with them (`worker.py`) or the trainer's full configuration
+Does not own what the worker does with them (`work/worker.py`) or the trainer's full configuration
 (`training/config.py`).
 """
 

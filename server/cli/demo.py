@@ -133,9 +133,9 @@ def run_demo(api: Api, *, keep: bool, report: Path | None) -> int:
 @contextmanager
 def service() -> Iterator[None]:
     """A service for the demo: the running one, else one that is started for the block."""
-    from server.engines.process import answers_ok
+    from server.processes.engine import answers_ok
+    from server.processes.supervisor import local_url
     from server.settings import load_settings
-    from server.supervisor import local_url
 
     settings = load_settings()
     health = f"{local_url(settings)}/healthz"

@@ -15,7 +15,7 @@ from server.settings import Settings, load_settings
 from server.terminal import write_line
 
 if TYPE_CHECKING:
-    from server.upgrade import Upgraded
+    from server.setup.upgrade import Upgraded
 
 db = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(db, name="db")
@@ -31,7 +31,7 @@ def serve(
     data: Data = None,
 ) -> None:
     """Serve: engine, gateway and worker, each kept alive, until Ctrl-C."""
-    from server import supervisor
+    from server.processes import supervisor
 
     settings = load_settings(
         host=host, port=port, data=data, model=None if model is None else {"path": model}
@@ -93,11 +93,11 @@ def end_on_hangup() -> None:
 @app.command()
 def worker(data: Data = None) -> None:
     """Run a worker alone: data sets, tuning, evaluations."""
+    from server.access.signing import get_signing
     from server.logs import configure_logging
-    from server.signing import get_signing
-    from server.supervisor import local_url
-    from server.upgrade import read_internal_key
-    from tuner.worker import WorkerOptions, run_worker
+    from server.processes.supervisor import local_url
+    from server.setup.upgrade import read_internal_key
+    from tuner.work.worker import WorkerOptions, run_worker
 
     settings = load_settings(data=data)
     prepare_data(settings)
@@ -144,8 +144,8 @@ def upgrade(
     """Bring the schema up to date; make keys and the first deployment where they are missing."""
     from feedback.db import Database
     from server.app import read_base
-    from server.supervisor import local_url
-    from server.upgrade import upgrade as run_upgrade
+    from server.processes.supervisor import local_url
+    from server.setup.upgrade import upgrade as run_upgrade
 
     settings = load_settings(data=data)
     prepare_data(settings)
@@ -176,7 +176,7 @@ def doctor(data: Data = None, as_json: AsJson = False) -> None:
     """Look at everything that Burnish needs, and say what is wrong and what to do."""
     from dataclasses import asdict
 
-    from server.doctor import Verdict, diagnose
+    from server.setup.doctor import Verdict, diagnose
 
     findings = diagnose(load_settings(data=data))
     if as_json:
@@ -195,8 +195,8 @@ def doctor(data: Data = None, as_json: AsJson = False) -> None:
 def recover_key(data: Data = None) -> None:
     """Make a new admin key, for whoever lost theirs and may write the data directory."""
     from feedback.db import Database
-    from server.supervisor import local_url
-    from server.upgrade import recover_admin_key
+    from server.processes.supervisor import local_url
+    from server.setup.upgrade import recover_admin_key
 
     settings = load_settings(data=data)
     prepare_data(settings)

@@ -499,8 +499,8 @@ def verify_audit(data: Data = None) -> None:
     """Read the whole log in the database and name the first entry that was altered."""
     from feedback.audit import AuditBroken, verify
     from feedback.db import Database
+    from server.access.signing import attach, get_signing
     from server.settings import load_settings
-    from server.signing import attach, get_signing
 
     settings = load_settings(data=data)
     with one_sentence(settings, UNREACHABLE):  # 1 is for a log that was altered

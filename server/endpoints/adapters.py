@@ -7,9 +7,9 @@ from typing import Literal
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server import access
+from server.access import visibility
+from server.endpoints.dependencies import CallerDep, ReadSession
 from server.endpoints.fields import unix
-from server.sessions import CallerDep, ReadSession
 from tuner.tables import Job
 
 router = APIRouter(tags=["releases"])
@@ -37,7 +37,7 @@ class AdapterObject(TypedDict):
 @router.get("/admin/adapters/{adapter_id}")
 def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> AdapterObject:
     """One adapter and the releases that answer with it."""
-    row, releases = access.get_adapter(session, caller, adapter_id)
+    row, releases = visibility.get_adapter(session, caller, adapter_id)
     job = None if row.job_id is None else session.get(Job, row.job_id)
     return {
         "id": row.id,
@@ -52,7 +52,7 @@ def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> Ada
         "bytes": row.bytes,
         "origin": row.origin,
         # The same weights may come of a job for another deployment.
-        "job_id": row.job_id if job is None or access.sees(caller, job.deployment) else None,
+        "job_id": row.job_id if job is None or visibility.sees(caller, job.deployment) else None,
         "releases": [release.name for release in releases],
         "created_at": unix(row.created_at),
     }

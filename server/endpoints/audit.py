@@ -9,9 +9,9 @@ from typing_extensions import TypedDict
 
 from feedback.audit import AuditBroken, list_entries, verify
 from feedback.tables import AuditEntry
-from server.access import check_unlimited
+from server.access.visibility import check_unlimited
+from server.endpoints.dependencies import CallerDep, ReadSession
 from server.endpoints.fields import Limit, Page, page
-from server.sessions import CallerDep, ReadSession
 
 router = APIRouter(tags=["administration"])
 

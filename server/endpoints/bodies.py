@@ -25,12 +25,12 @@ from starlette.types import Receive
 from feedback.db import Database
 from feedback.errors import BadRequest, TooLarge
 from feedback.numbers import WholeNumbers
-from server import idempotency
-from server.auth import KeyView
+from server.access.keys import KeyView
+from server.chat.request import MAX_PARTS, parse_body
 from server.gateway import Gateway
-from server.idempotency import Attempt
+from server.http import idempotency
+from server.http.idempotency import Attempt
 from server.settings import Settings
-from server.wire import MAX_PARTS, parse_body
 
 WORKER_BODY_BYTES = 16 * 1024 * 1024  #: a batch of the longest prompts that curation lets pass
 

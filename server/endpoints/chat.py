@@ -27,18 +27,12 @@ from feedback.answers import (
 from feedback.errors import AppError, BadRequest, NotReady
 from feedback.recording import NOT_RECORDED, StartedAnswer
 from feedback.tables import AnswerKind, Arm
-from server.auth import Caller, KeyView, Scope, check_scope
-from server.endpoints.bodies import read_body
-from server.engines.fleet import Hold
-from server.gateway import Gateway
-from server.limits import Admission
-from server.proxy import Exchange, Relay, Reply, stopping
-from server.recorder import NotSent
-from server.request_ids import identify
-from server.routing import ReleaseView, Route, check_model, route, unknown_model
-from server.snapshot import load_release
-from server.tracing import Trace
-from server.wire import (
+from server.access.keys import Caller, KeyView, Scope, check_scope
+from server.access.limits import Admission
+from server.chat.directory import load_release
+from server.chat.recorder import NotSent
+from server.chat.relay import Exchange, Relay, Reply, stopping
+from server.chat.request import (
     IGNORED_HEADER,
     ChatRequest,
     Parsed,
@@ -54,6 +48,12 @@ from server.wire import (
     refuse_nul,
     with_system_prompt,
 )
+from server.chat.routing import ReleaseView, Route, check_model, route, unknown_model
+from server.chat.tracing import Trace
+from server.endpoints.bodies import read_body
+from server.engines.fleet import Hold
+from server.gateway import Gateway
+from server.http.request_ids import identify
 from tuner.tables import ReleaseState
 
 CHAT_PATH = "/v1/chat/completions"

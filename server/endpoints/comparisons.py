@@ -12,9 +12,9 @@ from typing_extensions import TypedDict
 from feedback.comparisons import NewComparison, compare
 from feedback.tables import Comparison, Preferred
 from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.dependencies import CallerDep, GatewayDep
 from server.endpoints.feedback import Source, SourceObject, describe_teachings, person_of, user_of
 from server.endpoints.fields import Name, one_of, unix
-from server.sessions import CallerDep, GatewayDep
 
 router = APIRouter(prefix="/v1/comparisons", tags=["feedback"], route_class=JsonRoute)
 

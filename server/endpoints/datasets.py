@@ -12,14 +12,20 @@ from typing_extensions import TypedDict
 
 from feedback import datasets
 from feedback.tables import DatasetStatus
-from server.access import append_audit, check_job_quota, get_dataset, get_deployment, reach
-from server.auth import Caller
+from server.access.keys import Caller
+from server.access.visibility import (
+    append_audit,
+    check_job_quota,
+    get_dataset,
+    get_deployment,
+    reach,
+)
+from server.deployments.policies import curation_policy
 from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.fields import Limit, Name, Page, one_of, page
 from server.endpoints.waiting import PENDING, wait_while_pending
 from server.gateway import Gateway
-from server.policies import curation_policy
-from server.sessions import CallerDep, GatewayDep, ReadSession
 from tuner.tuning import create_freeze_job
 
 router = APIRouter(prefix="/admin/datasets", tags=["data sets"], route_class=JsonRoute)

@@ -18,16 +18,16 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest, Conflict, Forbidden
-from server import deployments
-from server.access import append_audit, get_deployment, get_release, sees
-from server.auth import Caller, Scope
-from server.deployments import Move
+from server.access.keys import Caller, Scope
+from server.access.visibility import append_audit, get_deployment, get_release, sees
+from server.chat.request import Bounded
+from server.deployments import promotion
+from server.deployments.policies import Policies, merge_policies
+from server.deployments.promotion import Move
 from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.fields import Generation, Name, Note, Page, page, unix
 from server.gateway import Gateway
-from server.policies import Policies, merge_policies
-from server.sessions import CallerDep, GatewayDep, ReadSession
-from server.wire import Bounded
 from tuner import releases
 from tuner.base_models import BaseModel
 from tuner.tables import Adapter, Deployment, Release
@@ -228,7 +228,7 @@ async def promote(
 
     await asyncio.to_thread(_read, gateway, look)
     move = _move(caller, body.note, body.expected_generation, force=body.force)
-    await deployments.promote(gateway, name, body.release, move)
+    await promotion.promote(gateway, name, body.release, move)
     return await _show(gateway, caller, name)
 
 
@@ -239,7 +239,7 @@ async def rollback(
     """Return to the release before. Nothing is loaded: it has stayed."""
     body = body or Rollback()
     await asyncio.to_thread(_read, gateway, lambda session: get_deployment(session, caller, name))
-    await deployments.rollback(gateway, name, _move(caller, body.note, body.expected_generation))
+    await promotion.rollback(gateway, name, _move(caller, body.note, body.expected_generation))
     return await _show(gateway, caller, name)
 
 
@@ -261,7 +261,7 @@ def _create(session: Session, gateway: Gateway, caller: Caller, body: Deployment
             f"this key is limited to {', '.join(caller.key.deployments or ()) or 'no deployment'}"
         )
     base = gateway.base
-    deployments.check_base_serves(gateway, body.base_model or base.name)
+    promotion.check_base_serves(gateway, body.base_model or base.name)
     _check_prompt(base, body.system_prompt)
     row = releases.create_deployment(
         session,

@@ -9,15 +9,21 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
-from server.access import append_audit, check_job_quota, get_evaluation, get_release, reach
-from server.auth import Caller
+from server.access.keys import Caller
+from server.access.visibility import (
+    append_audit,
+    check_job_quota,
+    get_evaluation,
+    get_release,
+    reach,
+)
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.datasets import WaitSeconds
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.fields import Limit, Name, Page, one_of, page, unix
 from server.endpoints.waiting import PENDING, wait_while_pending
 from server.gateway import Gateway
-from server.sessions import CallerDep, GatewayDep, ReadSession
-from tuner import evaluations
+from tuner.evaluation import evaluations
 from tuner.tables import Decision, Evaluation, Job, JobStatus
 
 router = APIRouter(prefix="/admin/evaluations", tags=["evaluations"], route_class=JsonRoute)

@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from typing_extensions import TypedDict
 
 from feedback.answers import get_answer
-from server.access import get_release
-from server.sessions import CallerDep, ReadSession
+from server.access.visibility import get_release
+from server.endpoints.dependencies import CallerDep, ReadSession
 from tuner.explain import explain_answer, explain_release
 
 router = APIRouter(tags=["releases"])

@@ -23,13 +23,13 @@ from feedback.errors import Forbidden, NotFound
 from feedback.judgements import NewJudgement
 from feedback.people import find_or_create_person, speaker_of, speaks_for
 from feedback.tables import Comparison, Judgement, JudgementKind, Person, SourceType
-from server.access import append_audit
-from server.auth import Caller
+from server.access.keys import Caller
+from server.access.tokens import Grant, sign
+from server.access.visibility import append_audit
+from server.deployments.policies import curation_policy
 from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
 from server.endpoints.fields import Deleted, Limit, Name, Page, one_of, page, unix
-from server.feedback_tokens import Grant, sign
-from server.policies import curation_policy
-from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
 from tuner.tables import Deployment
 from tuner.tuning import TRAINED_KINDS
 

@@ -24,16 +24,16 @@ from feedback.formats.rows import FORMATS
 from feedback.reading import Abandoned, Effort
 from feedback.tables import Dataset, File
 from feedback.uploads import Incoming, Quota, Upload
-from server.access import append_audit, get_file, sees_all_uploads
-from server.auth import Caller
+from server.access.keys import Caller
+from server.access.visibility import append_audit, get_file, sees_all_uploads
+from server.chat.request import IGNORED_HEADER
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.fields import Deleted, Page, page, unix
 from server.endpoints.multipart import Form, receive_form
 from server.gateway import Gateway
-from server.intake import READERS
-from server.sessions import CallerDep, GatewayDep, ReadSession
+from server.http.intake import READERS
 from server.settings import GatewaySettings
-from server.wire import IGNORED_HEADER
-from tuner.evaluations import find_evaluation_on
+from tuner.evaluation.evaluations import find_evaluation_on
 from tuner.tuning import find_job_on
 
 router = APIRouter(prefix="/v1/files", tags=["files"])

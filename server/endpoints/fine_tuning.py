@@ -15,14 +15,21 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest
-from server.access import append_audit, check_job_quota, get_dataset, get_file, get_job, sees
-from server.auth import Caller
+from server.access.keys import Caller
+from server.access.visibility import (
+    append_audit,
+    check_job_quota,
+    get_dataset,
+    get_file,
+    get_job,
+    sees,
+)
+from server.chat.request import IGNORED_HEADER, Metadata
+from server.chat.routing import unknown_model
 from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
 from server.endpoints.fields import Name, Page, one_of, page, unix
 from server.gateway import Gateway
-from server.routing import unknown_model
-from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
-from server.wire import IGNORED_HEADER, Metadata
 from tuner import jobs
 from tuner.releases import find_deployment_by_model
 from tuner.tables import Deployment, Job, JobEvent, JobKind, JobStatus, Method, Release

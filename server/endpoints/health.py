@@ -8,9 +8,9 @@ from typing import Literal, NotRequired
 from fastapi import APIRouter, Response
 from typing_extensions import TypedDict
 
+from server.endpoints.dependencies import GatewayDep
 from server.engines.reasons import in_public
 from server.gateway import Gateway
-from server.sessions import GatewayDep
 
 router = APIRouter(tags=["health"])
 

@@ -11,14 +11,14 @@ from pydantic import Field
 from feedback.db import new_id
 from feedback.errors import Conflict, NotFound, NotReady
 from feedback.formats.messages import as_sent
+from server.chat.directory import load_release
+from server.chat.routing import ReleaseView
 from server.endpoints.bodies import Body, Part, WorkerRoute
+from server.endpoints.dependencies import CallerDep, GatewayDep
 from server.engines.base import Engine, EngineRefused, EngineUnreachable
 from server.engines.fleet import Lease
 from server.errors import EngineFault
 from server.gateway import Gateway
-from server.routing import ReleaseView
-from server.sessions import CallerDep, GatewayDep
-from server.snapshot import load_release
 from tuner.base_models import BaseModel
 from tuner.chat_template import (
     PLAIN,

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.access import get_job, reach
+from server.access.visibility import get_job, reach
+from server.endpoints.dependencies import CallerDep, ReadSession
 from server.endpoints.fields import Limit, Page, one_of, page, unix
-from server.sessions import CallerDep, ReadSession
 from tuner.jobs import list_jobs
 from tuner.tables import Job, JobKind, JobStatus, Method
 

@@ -15,12 +15,12 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
 from feedback.errors import Conflict, Forbidden, NotFound
-from server.access import append_audit, get_deployment
-from server.auth import Caller, Scope, create_key, revoke_key
+from server.access.keys import Caller, Scope, create_key, revoke_key
+from server.access.visibility import append_audit, get_deployment
 from server.endpoints.bodies import Body, JsonRoute, Part
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.fields import Limit, Name, Page, one_of, page, unix
 from server.gateway import Gateway
-from server.sessions import CallerDep, GatewayDep, ReadSession
 from server.tables import Key
 
 router = APIRouter(prefix="/admin/keys", tags=["administration"], route_class=JsonRoute)

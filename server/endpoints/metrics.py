@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
-from server.access import check_unlimited
+from server.access.visibility import check_unlimited
+from server.endpoints.dependencies import CallerDep, GatewayDep
 from server.metrics import CONTENT_TYPE, build_metrics
-from server.sessions import CallerDep, GatewayDep
 
 router = APIRouter(tags=["health"])
 

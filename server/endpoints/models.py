@@ -7,9 +7,9 @@ from typing import Literal, NotRequired
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.routing import Snapshot, check_model, list_names, unknown_model
-from server.sessions import CallerDep, GatewayDep
-from server.snapshot import load_release
+from server.chat.directory import load_release
+from server.chat.routing import Snapshot, check_model, list_names, unknown_model
+from server.endpoints.dependencies import CallerDep, GatewayDep
 from tuner.tables import ReleaseState
 
 router = APIRouter(tags=["models"])

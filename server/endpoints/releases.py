@@ -8,11 +8,11 @@ from fastapi import APIRouter
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
-from server.access import append_audit, get_release, reach
-from server.auth import Caller, Scope
+from server.access.keys import Caller, Scope
+from server.access.visibility import append_audit, get_release, reach
 from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.dependencies import CallerDep, ReadSession, WriteSession
 from server.endpoints.fields import Limit, Note, Page, one_of, page, unix
-from server.sessions import CallerDep, ReadSession, WriteSession
 from tuner import releases
 from tuner.tables import Decision, Deployment, Evaluation, Release, ReleaseState
 

@@ -16,13 +16,13 @@ from feedback.errors import BadRequest, NotFound
 from feedback.people import Viewer, speaks_for
 from feedback.tables import Answer, AnswerKind, AnswerStatus, AnswerText
 from feedback.verdicts import MAX_METADATA_PAIRS
-from server import idempotency
-from server.access import append_audit
-from server.auth import Caller
+from server.access.keys import Caller
+from server.access.visibility import append_audit
+from server.chat.request import Metadata
 from server.endpoints.bodies import Body, JsonRoute
+from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
 from server.endpoints.fields import Deleted, Limit, Page, one_of, page
-from server.sessions import CallerDep, GatewayDep, ReadSession, WriteSession
-from server.wire import Metadata
+from server.http import idempotency
 
 router = APIRouter(
     prefix="/v1/chat/completions", tags=["stored completions"], route_class=JsonRoute

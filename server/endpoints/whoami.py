@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.auth import Scope
+from server.access.keys import Scope
+from server.endpoints.dependencies import CallerDep
 from server.endpoints.fields import one_of
-from server.sessions import CallerDep
 
 router = APIRouter(tags=["administration"])
 

@@ -5,7 +5,7 @@ of running requests, the reconciler that restores an engine that forgot. Covered
 restarts, a gateway that restarts beside a running engine, a load that answers 200 and does nothing,
 a request that fails on an engine that is well: it takes the engine from nobody, for an engine is
 judged by its health and boot id alone. Does not own: the moves of releases
-(`server/deployments.py`).
+(`server/deployments/promotion.py`).
 """
 
 from __future__ import annotations

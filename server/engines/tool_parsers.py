@@ -2,7 +2,7 @@
 
 Owns: the signs by which a template says how the model writes a call, and the choice between them
 and the settings. Pure. Does not own: what becomes of a request with tools where there is no parser
-(`server/wire.py`), or the parsers, which are vLLM's (`vllm/tool_parsers`, 0.32).
+(`server/chat/request.py`), or the parsers, which are vLLM's (`vllm/tool_parsers`, 0.32).
 """
 
 from __future__ import annotations

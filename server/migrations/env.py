@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the migrations on the connection that `server/upgrade.py` hands over."""
+"""Alembic's entry: runs the migrations on the connection that the upgrade hands over."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ from feedback.db import Base, Database
 from server.cli.api import read_credentials
 from server.engines.base import EngineAddress
 from server.engines.fake import FakeEngine, Faults
-from server.engines.process import free_port
+from server.processes.engine import free_port
 from server.settings import Settings
-from server.upgrade import upgrade
+from server.setup.upgrade import upgrade
 from tests.gateway_fixtures import BASE, RunningGateway, start_gateway
 from tests.promises.processes import engine_process, gateway_process
 from tests.tiny_model import DEFAULT_SYSTEM

@@ -47,7 +47,7 @@ from feedback.tables import (
     Person,
 )
 from tests.feedback.record import ALL_TRAIN, ask, end, make_viewer, turns
-from tuner.holdout import Holdout, HoldoutFiles
+from tuner.evaluation.holdout import Holdout, HoldoutFiles
 from tuner.training.data import read_rows as read_for_training
 
 SPLIT = Policy(holdout_share=0.4)

@@ -28,7 +28,7 @@ from openai.types.chat import ChatCompletion
 from server.cli.api import read_credentials
 from server.cli.demo import is_one_short_sentence, repeated_ratio
 from server.cli.demo_prompts import HELD_OUT, JUDGED
-from server.engines.process import answers_ok, free_port
+from server.processes.engine import answers_ok, free_port
 
 pytestmark = pytest.mark.loop
 

@@ -12,7 +12,7 @@ import httpx
 
 from feedback.db import Base, Database
 from server.settings import DatabaseSettings, ModelSettings, Settings
-from server.upgrade import upgrade
+from server.setup.upgrade import upgrade
 from tests.promises.processes import build_model, engine_process
 from tuner.base_models import BaseModel
 

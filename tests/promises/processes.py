@@ -19,10 +19,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from feedback.db import Database
-from server.auth import create_key
-from server.engines.process import free_port
+from server.access.keys import create_key
+from server.processes.engine import free_port
 from server.settings import ModelSettings, Settings
-from server.upgrade import upgrade
+from server.setup.upgrade import upgrade
 from tests.gateway_fixtures import CHAT_TEMPLATE
 from tuner.base_models import BaseModel, describe_base
 

@@ -19,7 +19,7 @@ from sqlalchemy import select
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus, AnswerText
 from server.engines.base import EngineAddress
-from server.engines.process import free_port
+from server.processes.engine import free_port
 from tests.gateway_fixtures import RunningGateway, start_gateway
 from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from server.auth import ROUTES
+from server.access.keys import ROUTES
 from server.engines.fake import FakeEngine
 from tests.everything import add_everything
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway

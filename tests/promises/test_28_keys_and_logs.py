@@ -21,12 +21,23 @@ import httpx
 import pytest
 from sqlalchemy import create_engine, select, text
 
+import server.access.keys
+import server.access.tokens
 from feedback.db import Base, Database
 from feedback.errors import NotAuthenticated
-from server import auth, feedback_tokens
-from server.auth import Keyring, KeyView, Scope, create_key, hash_key, load_keyring
-from server.signing import secret_path
-from server.upgrade import read_internal_key
+from server.access import tokens
+from server.access.keys import (
+    KEY_PREFIX,
+    Keyring,
+    KeyView,
+    Scope,
+    create_key,
+    hash_key,
+    load_keyring,
+    now,
+)
+from server.access.signing import secret_path
+from server.setup.upgrade import read_internal_key
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.canaries import Canaries, client, service, variables, wait_for
@@ -49,8 +60,8 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(running_gateway: RunningGateway)
     again = {"idempotency-key": "a-try"}
     made = admin.post("/admin/keys", json=body, headers=again)
     key, key_id = made.json()["key"], made.json()["id"]
-    assert key.startswith(auth.KEY_PREFIX)
-    assert len(key) >= len(auth.KEY_PREFIX) + 32  # 192 bits in base64
+    assert key.startswith(KEY_PREFIX)
+    assert len(key) >= len(KEY_PREFIX) + 32  # 192 bits in base64
     assert running_gateway.client(key).get("/v1/models").status_code == 200
     later = [
         admin.post("/admin/keys", json=body, headers=again),
@@ -64,13 +75,13 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(running_gateway: RunningGateway)
     for reply in later:
         assert reply.status_code < 300, reply.text
         assert key not in reply.text, reply.url
-        assert key.removeprefix(auth.KEY_PREFIX) not in reply.text, reply.url
+        assert key.removeprefix(KEY_PREFIX) not in reply.text, reply.url
     for shown in (kept, dump(database)):
         assert key_id in shown
         assert hash_key(key) in shown
         for token in (key, running_gateway.admin_key, running_gateway.worker_key):
             assert token not in shown
-            assert token.removeprefix(auth.KEY_PREFIX) not in shown
+            assert token.removeprefix(KEY_PREFIX) not in shown
 
 
 def test_no_copy_of_the_database_holds_what_tokens_and_the_audit_log_are_signed_with(
@@ -104,11 +115,11 @@ def test_every_key_that_is_looked_up_is_compared_by_compare_digest(
     false_ring = Keyring({hash_key(token): key})
     with pytest.raises(NotAuthenticated):
         false_ring.authenticate(f"Bearer {token}")
-    signed = feedback_tokens.sign(feedback_tokens.Grant("chatcmpl-1", "p", "key_1", 2**40), "s")
-    assert compared(lambda: feedback_tokens.read_token(signed, "s", auth.now())) == 1
+    signed = tokens.sign(tokens.Grant("chatcmpl-1", "p", "key_1", 2**40), "s")
+    assert compared(lambda: tokens.read_token(signed, "s", now())) == 1
 
 
-@pytest.mark.parametrize("module", [auth, feedback_tokens])
+@pytest.mark.parametrize("module", [server.access.keys, server.access.tokens])
 def test_no_secret_is_compared_by_an_operator(module: Any) -> None:
     secret = {"token", "digest", "sha256", "signature", "secret", "signature_text"}
     found = []
@@ -194,7 +205,7 @@ def test_neither_keys_nor_texts_get_into_logs(
     # What was to be provoked was.
     assert {"request_failed", "database_unavailable", "not_recorded", "integrity_error"} <= actions
     leaks = [place for place, canary in canaries.by_place.items() if canary in written]
-    leaks += [name for name, key in keys.items() if key.removeprefix(auth.KEY_PREFIX) in written]
+    leaks += [name for name, key in keys.items() if key.removeprefix(KEY_PREFIX) in written]
     assert leaks == []
     shown = dump(migrated)
     for place in ("a message", "a comment", "a correction", "metadata"):
@@ -207,11 +218,11 @@ def test_neither_keys_nor_texts_get_into_logs(
                 assert file.stat().st_mode & 0o077 == 0
                 assert key.encode() in content
             else:
-                assert key.removeprefix(auth.KEY_PREFIX).encode() not in content, (file, name)
+                assert key.removeprefix(KEY_PREFIX).encode() not in content, (file, name)
         if not file.name.startswith("burnish.sqlite3") and file.suffix != ".jsonl":
             # Rows of answers that could not be written and uploads are records, and no logs.
             assert not [c for c in canaries.by_place.values() if c.encode() in content], file
-    assert not [name for name, key in keys.items() if key.removeprefix(auth.KEY_PREFIX) in shown]
+    assert not [name for name, key in keys.items() if key.removeprefix(KEY_PREFIX) in shown]
     figures(texts=len(canaries.by_place), lines=len(written.splitlines()), leaks=0)
 
 
@@ -336,7 +347,7 @@ class Calls:
         self.note(self.admin.post("/admin/datasets", json={"deployment": self.canary("a name")}))
 
     def misuse_keys(self) -> None:
-        key, wrong = self.keys["shop"], auth.KEY_PREFIX + self.canary("a wrong key")
+        key, wrong = self.keys["shop"], KEY_PREFIX + self.canary("a wrong key")
         self.keys["revoked"] = revoked = self.admin.post(
             "/admin/keys", json={"user": "gone", "scopes": ["chat"]}
         ).json()["key"]

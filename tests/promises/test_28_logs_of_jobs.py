@@ -30,8 +30,8 @@ from feedback.formats.__main__ import ORIGINAL
 from feedback.formats.records import Limits
 from feedback.reading import Effort, Reader
 from feedback.tables import AuditEntry, File
-from server.auth import KEY_PREFIX
-from server.upgrade import read_internal_key
+from server.access.keys import KEY_PREFIX
+from server.setup.upgrade import read_internal_key
 from tests.promise_fixtures import Figures
 from tests.promises.canaries import Canaries, client, service
 from tests.promises.processes import gateway_process, worker_process

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from feedback.errors import AppError
-from server.wire import parse_body, parse_chat, refuse_nul
+from server.chat.request import parse_body, parse_chat, refuse_nul
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.hostile.bodies import CONTENTS, MIB

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from feedback import audit
-from server.engines.process import free_port
+from server.processes.engine import free_port
 from server.settings import Settings
 from tests.promise_fixtures import Figures
 from tests.promises.processes import engine_process, gateway_process, prepare

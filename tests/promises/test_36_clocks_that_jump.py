@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import select
 
 from feedback.db import Base, Database, UtcDateTime
-from server import idempotency
 from server.errors import StillRunning
+from server.http import idempotency
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tuner import jobs

@@ -16,10 +16,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from feedback.db import json_in_order
+from server.chat.request import encode_body, engine_body, parse_chat
 from server.endpoints.internal import ScoreItem, tokenize_item
 from server.engines.base import EngineAddress
 from server.engines.vllm import VllmEngine
-from server.wire import encode_body, engine_body, parse_chat
 from tests.chat_templates import ENDS, FAMILIES
 from tests.conversations import HOSTILE, draw_conversation
 from tests.promise_fixtures import Figures

@@ -16,9 +16,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from feedback.answers import delete_answer
 from feedback.db import Database, now
 from feedback.tables import Answer, Conversation
-from server import idempotency
-from server.dead_letters import add_letter, remove_letters
-from server.idempotency import Reply, build_attempt
+from server.chat.dead_letters import add_letter, remove_letters
+from server.http import idempotency
+from server.http.idempotency import Reply, build_attempt
 from server.remains import Remains
 from server.tables import IdempotentRequest, IdempotentSubject
 from tests.gateway_fixtures import RunningGateway

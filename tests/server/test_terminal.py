@@ -46,7 +46,7 @@ def test_what_commands_print_moves_no_cursor(capsys: pytest.CaptureFixture[str])
 
 SAYS = """
 import sys
-from server.supervisor import say
+from server.processes.supervisor import say
 from server.terminal import prepare_output
 prepare_output()
 say("one …")
@@ -75,7 +75,7 @@ def test_a_reader_that_leaves_ends_nothing() -> None:
 
 RUNS = """
 import os, sys
-from server.children import Launch, run_guarded
+from server.processes.children import Launch, run_guarded
 code = "import sys; print('first', flush=True); sys.stdin.read(); [print(n) for n in range(9999)]"
 sys.exit(run_guarded(Launch([sys.executable, "-c", code], os.environ)))
 """

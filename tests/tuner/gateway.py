@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tuner.client import GatewayClient
+from tuner.evaluation.gateway_client import GatewayClient
 
 Logprob = Callable[[str, str], float]
 """(model, completion's text) to nats."""

@@ -11,7 +11,7 @@ from feedback.errors import Conflict, NotFound
 from feedback.tables import Dataset, DatasetStatus
 from tests.tuner.records import add_dataset, make_candidate, make_deployment
 from tuner import jobs
-from tuner.evaluations import create_evaluation
+from tuner.evaluation.evaluations import create_evaluation
 from tuner.jobs import LeaseLost, NewEvent, Request, StalledJobs
 from tuner.tables import Evaluation, Job, JobKind, JobStatus
 from tuner.tuning import create_freeze_job

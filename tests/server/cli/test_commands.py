@@ -183,7 +183,7 @@ def test_doctor_ends_with_1_where_something_will_not_work(tmp_path: Path) -> Non
 
 
 def test_credentials_are_for_this_user_alone(tmp_path: Path) -> None:
-    from server.children import write_private_json
+    from server.processes.children import write_private_json
 
     write_private_json(tmp_path / "credentials", {"api_key": "x"})
     assert stat.S_IMODE(os.stat(tmp_path / "credentials").st_mode) == 0o600

@@ -16,8 +16,8 @@ from sqlalchemy import func, select
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus, AnswerText, Conversation, Person
+from server.chat.directory import load_release
 from server.engines.fake import BASE, FakeEngine, Faults, fake_answer
-from server.snapshot import load_release
 from tests.gateway_fixtures import RunningGateway, start_gateway
 from tuner import releases
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from feedback.tables import AuditEntry
-from server import wire
+from server.chat import request
 from server.endpoints.deployments import SamplingDefaults
 from tests.chat_templates import NO_SYSTEM
 from tests.gateway_fixtures import RunningGateway
@@ -230,7 +230,7 @@ def test_a_new_deployment_needs_a_key_that_reaches_it(sqlite_gateway: RunningGat
 
 def test_sampling_defaults_have_the_bounds_of_requests() -> None:
     ours = SamplingDefaults.model_json_schema()["properties"]
-    theirs = wire.Sampling.model_json_schema()["properties"]
+    theirs = request.Sampling.model_json_schema()["properties"]
     assert ours == {name: theirs[name] for name in ours}
 
 

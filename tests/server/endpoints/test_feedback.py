@@ -11,8 +11,8 @@ import pytest
 
 from feedback.db import now
 from feedback.tables import Answer, AnswerStatus
+from server.access.tokens import Grant, sign
 from server.engines.fake import FakeEngine, Faults
-from server.feedback_tokens import Grant, sign
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer, add_dataset
 from tuner.releases import get_deployment

@@ -12,7 +12,7 @@ from server.endpoints.bodies import WORKER_BODY_BYTES
 from server.engines.fake import BASE, FakeEngine, Faults, fake_logprobs, fake_tokens
 from tests.gateway_fixtures import RunningGateway
 from tuner import releases
-from tuner.client import Asked, GatewayClient, Score
+from tuner.evaluation.gateway_client import Asked, GatewayClient, Score
 
 PROMPT = [{"role": "user", "content": "hi"}]
 ANSWER = {"role": "assistant", "content": "hello"}

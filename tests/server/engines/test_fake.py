@@ -26,8 +26,8 @@ from server.engines.fake import (
     fake_signature,
 )
 from server.engines.fake.instances import build_instance
-from server.engines.process import free_port
 from server.engines.vllm import VllmEngine
+from server.processes.engine import free_port
 
 pytestmark = pytest.mark.anyio
 

@@ -15,9 +15,9 @@ import pytest
 
 from tests.tuner.training.runs import build_config, preference_rows, supervised_rows
 from tuner.adapters import content_hash
-from tuner.trainer import TrainerCommand, run_trainer
 from tuner.training.__main__ import run_config
 from tuner.training.config import PARENT_VARIABLE, ExitCode, child_environment
+from tuner.work.trainer import TrainerCommand, run_trainer
 
 ROOT = Path(__file__).resolve().parents[3]
 ARGV = [sys.executable, "-P", "-m", "tuner.training"]

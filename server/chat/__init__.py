@@ -1,0 +1,1 @@
+"""The way of one answer: from a request to its row."""

@@ -1,0 +1,1 @@
+"""What several gateways of one database know of each other."""

@@ -1,0 +1,1 @@
+"""The effects of moves between releases."""

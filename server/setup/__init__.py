@@ -1,0 +1,1 @@
+"""What is made or looked at before anything serves."""

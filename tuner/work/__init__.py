@@ -1,0 +1,1 @@
+"""The worker, and how it does each kind of job."""
