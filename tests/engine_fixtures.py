@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from server.engines.base import EngineAddress
-from server.engines.fake import FakeEngine
 from server.processes.children import Launch, start_guarded
 from server.processes.engine import answers_ok, free_port
+from tests.fake_engine import FakeEngine
 from tests.tiny_adapters import TARGET_MODULES, build_tiny_adapter
 from tests.tiny_model import DEFAULT_SYSTEM, build_tiny_model
 

@@ -27,8 +27,6 @@ from server.app import build_config, create_app
 from server.deployments import promotion
 from server.deployments.promotion import Move
 from server.engines.base import EngineAddress
-from server.engines.fake import BASE as BASE_SIGNATURE
-from server.engines.fake import FakeEngine, fake_logprobs, fake_signature
 from server.gateway import Gateway, build_gateway, sole_gateway
 from server.processes.engine import free_port
 from server.settings import (
@@ -38,6 +36,8 @@ from server.settings import (
     Settings,
     TracingSettings,
 )
+from tests.fake_engine import BASE as BASE_SIGNATURE
+from tests.fake_engine import FakeEngine, fake_logprobs, fake_signature
 from tests.tiny_adapters import TARGET_MODULES, build_tiny_adapter
 from tests.tiny_model import SPECIAL_TOKENS
 from tuner.adapters import AdapterStore, adapter_id, build_adapter_config

@@ -19,7 +19,7 @@ from typing import cast
 
 import uvloop
 
-from server.engines.fake import wire
+from tests.fake_engine import wire
 
 MODEL = "tiny"
 CREATED = 1_700_000_000

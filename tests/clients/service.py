@@ -22,10 +22,10 @@ import tuner.tables  # noqa: F401 - imported for its tables, which `create_all` 
 from feedback.db import Base, Database
 from server.cli.api import read_credentials
 from server.engines.base import EngineAddress
-from server.engines.fake import FakeEngine, Faults
 from server.processes.engine import free_port
 from server.settings import Settings
 from server.setup.upgrade import upgrade
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import BASE, RunningGateway, start_gateway
 from tests.promises.processes import engine_process, gateway_process
 from tests.tiny_model import DEFAULT_SYSTEM

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from server.engines.fake import BASE, fake_answer
 from tests.clients.conftest import Report, run_program
 from tests.clients.environments import CLIENTS, Client
 from tests.clients.service import Service
+from tests.fake_engine import BASE, fake_answer
 
 pytestmark = pytest.mark.clients
 

@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import select
 
 from feedback.tables import Answer, AnswerKind, AnswerStatus, AnswerText, Conversation, Person
-from server.engines.fake import BASE, FakeEngine, Faults, fake_answer
 from tests.clients.conftest import run_program
 from tests.clients.environments import Client
 from tests.clients.service import start_gateway_alone
+from tests.fake_engine import BASE, FakeEngine, Faults, fake_answer
 from tests.gateway_fixtures import RunningGateway
 
 pytestmark = pytest.mark.clients

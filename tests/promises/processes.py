@@ -33,7 +33,7 @@ PASS_THROUGH = Path(__file__).resolve().parents[2] / "benchmarks/peers/passthrou
 @contextmanager
 def engine_process(*options: str) -> Iterator[str]:
     """A fake engine in a process; its address."""
-    with _serving("-m", "server.engines.fake", *options) as url:
+    with _serving("-m", "tests.fake_engine", *options) as url:
         yield url
 
 

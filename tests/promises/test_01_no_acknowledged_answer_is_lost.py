@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select, text
 
 from feedback.tables import Answer, AnswerStatus, AnswerText
-from server.engines.fake import fake_answer
+from tests.fake_engine import fake_answer
 from tests.gateway_fixtures import make_candidate
 from tests.promise_fixtures import Figures
 from tests.promises.processes import engine_process, gateway_process, prepare

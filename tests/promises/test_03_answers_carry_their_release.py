@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from feedback.tables import Answer, AnswerText
-from server.engines.fake import BASE, FakeEngine, Faults
+from tests.fake_engine import BASE, FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled

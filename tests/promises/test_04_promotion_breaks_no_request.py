@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.engines.fake import BASE, FakeEngine, Faults, fake_answer
+from tests.fake_engine import BASE, FakeEngine, Faults, fake_answer
 from tests.gateway_fixtures import MAX_LORAS, start_gateway
 from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from server.engines.fake import FakeEngine, Faults
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled

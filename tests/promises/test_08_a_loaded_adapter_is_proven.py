@@ -12,7 +12,7 @@ import pytest
 
 from feedback.db import Database
 from feedback.errors import Conflict
-from server.engines.fake import FakeEngine, Faults
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import MAX_LORAS, RunningGateway, start_gateway
 
 pytestmark = pytest.mark.promises

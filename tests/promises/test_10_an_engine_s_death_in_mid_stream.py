@@ -36,7 +36,7 @@ class Engine:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self, **faults: Any) -> None:
-        command = [sys.executable, "-P", "-m", "server.engines.fake", "--port", str(self.port)]
+        command = [sys.executable, "-P", "-m", "tests.fake_engine", "--port", str(self.port)]
         self.process = subprocess.Popen(command)
         deadline = time.monotonic() + 30
         while True:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from feedback.db import Database
-from server.engines.fake import FakeEngine, Faults
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import MAX_LORAS, start_gateway
 from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled

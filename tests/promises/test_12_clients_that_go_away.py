@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import func, select
 
 from feedback.tables import Answer, AnswerStatus
-from server.engines.fake import FakeEngine, Faults
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled

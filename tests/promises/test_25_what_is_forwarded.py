@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.engines.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 from tests.gateway_fixtures import BASE, RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.scale import scaled

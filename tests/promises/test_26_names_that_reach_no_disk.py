@@ -20,8 +20,8 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from server.access.keys import ROUTES
-from server.engines.fake import FakeEngine
 from tests.everything import add_everything
+from tests.fake_engine import FakeEngine
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway
 from tests.promise_fixtures import Figures
 

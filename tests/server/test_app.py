@@ -14,9 +14,9 @@ from feedback.db import Database
 from feedback.tables import Answer
 from server.access.keys import create_key
 from server.app import build_config, create_app
-from server.engines.fake import FakeEngine
 from server.settings import GatewaySettings, ModelSettings, Settings
 from server.setup.upgrade import upgrade
+from tests.fake_engine import FakeEngine
 from tests.gateway_fixtures import RunningGateway, start_gateway
 from tests.promises.processes import build_model, engine_process, gateway_process
 

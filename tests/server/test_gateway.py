@@ -9,8 +9,8 @@ from sqlalchemy import select
 
 from feedback.db import Database, DatabaseUnfit
 from feedback.tables import Answer
-from server.engines.fake import FakeEngine
 from server.gateway import sole_gateway
+from tests.fake_engine import FakeEngine
 from tests.gateway_fixtures import RunningGateway, start_gateway
 
 CHAT = "/v1/chat/completions"

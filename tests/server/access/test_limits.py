@@ -14,7 +14,7 @@ from feedback.errors import RateLimited
 from server.access.keys import KeyView
 from server.access.limits import MOST_TOKENS, Account, LimitBook, Limits, duration
 from server.access.tokens import Grant
-from server.engines.fake import FakeEngine, Faults
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer
 

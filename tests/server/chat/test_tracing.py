@@ -20,8 +20,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from feedback.db import Database
 from server.chat.tracing import build_tracer
-from server.engines.fake import FakeEngine, Faults
 from server.settings import TracingSettings
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import MAX_LORAS, RunningGateway, start_gateway
 
 SECRET = "the colour of my door is ochre"

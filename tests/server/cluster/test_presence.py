@@ -21,7 +21,7 @@ from feedback.recording import EndedAnswer, record_ended
 from feedback.tables import Answer, AnswerStatus
 from server.cluster import presence
 from server.cluster.presence import GRACE_SECONDS, Presence, present
-from server.engines.fake import FakeEngine
+from tests.fake_engine import FakeEngine
 from tests.feedback.record import ask, make_viewer
 from tests.gateway_fixtures import start_gateway
 

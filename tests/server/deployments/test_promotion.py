@@ -14,7 +14,7 @@ from feedback.errors import AppError, Conflict
 from feedback.tables import Answer
 from server.deployments import promotion
 from server.deployments.promotion import Move
-from server.engines.fake import BASE, FakeEngine, Faults
+from tests.fake_engine import BASE, FakeEngine, Faults
 from tests.gateway_fixtures import PROBE, RunningGateway
 from tuner import releases
 from tuner.tables import Adapter, Release, ReleaseState

@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus, AnswerText, Conversation, Person
 from server.chat.directory import load_release
-from server.engines.fake import BASE, FakeEngine, Faults, fake_answer
+from tests.fake_engine import BASE, FakeEngine, Faults, fake_answer
 from tests.gateway_fixtures import RunningGateway, start_gateway
 from tuner import releases
 

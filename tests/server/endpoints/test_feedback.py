@@ -12,7 +12,7 @@ import pytest
 from feedback.db import now
 from feedback.tables import Answer, AnswerStatus
 from server.access.tokens import Grant, sign
-from server.engines.fake import FakeEngine, Faults
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer, add_dataset
 from tuner.releases import get_deployment

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from feedback.db import Database
-from server.engines.fake import FakeEngine, Faults
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import BASE, RunningGateway, start_gateway
 
 

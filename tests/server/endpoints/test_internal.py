@@ -9,7 +9,7 @@ import pytest
 
 from feedback.tables import Answer, AnswerText
 from server.endpoints.bodies import WORKER_BODY_BYTES
-from server.engines.fake import BASE, FakeEngine, Faults, fake_logprobs, fake_tokens
+from tests.fake_engine import BASE, FakeEngine, Faults, fake_logprobs, fake_tokens
 from tests.gateway_fixtures import RunningGateway
 from tuner import releases
 from tuner.evaluation.gateway_client import Asked, GatewayClient, Score

@@ -7,8 +7,8 @@ from pathlib import Path
 from sqlalchemy import update
 
 from feedback.db import Database
-from server.engines.fake import FakeEngine
 from server.settings import LimitSettings
+from tests.fake_engine import FakeEngine
 from tests.gateway_fixtures import RunningGateway, start_gateway
 from tests.rows import add_deployment
 from tuner import jobs

@@ -14,8 +14,8 @@ from sqlalchemy import select
 
 from feedback.tables import Answer, AnswerStatus, Conversation, Judgement, JudgementRevision
 from server.endpoints.pages import CONTENT_SECURITY_POLICY
-from server.engines.fake import FakeEngine
-from server.engines.fake.faults import Faults
+from tests.fake_engine import FakeEngine
+from tests.fake_engine.faults import Faults
 from tests.gateway_fixtures import RunningGateway
 
 pytestmark = pytest.mark.processes

@@ -17,8 +17,8 @@ import pytest
 
 from feedback.db import Database
 from feedback.tables import File
-from server.engines.fake import FakeEngine
 from server.http.intake import MOST_OF_ONE_USER
+from tests.fake_engine import FakeEngine
 from tests.gateway_fixtures import RunningGateway, start_gateway
 
 ROW = b'{"prompt": "Which bird?", "completion": "A heron."}\n'

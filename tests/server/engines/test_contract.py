@@ -18,9 +18,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from server.engines.base import EngineAddress, EngineRefused
-from server.engines.fake import FakeEngine, Faults
 from server.engines.same_prompt import SamePrompt
 from server.engines.vllm import VllmEngine
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import BASE
 from tests.tiny_model import CHAT_TEMPLATE, DEFAULT_SYSTEM, SPECIAL_TOKENS
 from tuner.chat_template import ChatTemplate

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
-from server.engines.fake import (
+from server.engines.vllm import VllmEngine
+from server.processes.engine import free_port
+from tests.fake_engine import (
     BASE,
     FakeEngine,
     Faults,
@@ -25,9 +27,7 @@ from server.engines.fake import (
     fake_logprobs,
     fake_signature,
 )
-from server.engines.fake.instances import build_instance
-from server.engines.vllm import VllmEngine
-from server.processes.engine import free_port
+from tests.fake_engine.instances import build_instance
 
 pytestmark = pytest.mark.anyio
 
@@ -310,7 +310,7 @@ async def test_it_ends_while_clients_wait_and_leaves_no_transport_open(faults: F
 
 async def test_as_a_process_it_is_steered_over_http_and_can_be_killed() -> None:
     port = free_port()
-    command = [sys.executable, "-P", "-m", "server.engines.fake", f"--port={port}"]
+    command = [sys.executable, "-P", "-m", "tests.fake_engine", f"--port={port}"]
     process = subprocess.Popen([*command, "--answer-tokens=3"])
     client = VllmEngine(EngineAddress("child", f"http://127.0.0.1:{port}"))
     try:

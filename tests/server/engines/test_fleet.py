@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from feedback.errors import Conflict, NotReady
 from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
-from server.engines.fake.weights import BASE, Slots, fake_logprobs
 from server.engines.fleet import EngineStatus, Fleet, Hold, Member, Unfit
 from server.engines.reasons import in_public
+from tests.fake_engine.weights import BASE, Slots, fake_logprobs
 
 pytestmark = pytest.mark.anyio
 T = TypeVar("T")

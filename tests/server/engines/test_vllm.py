@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from server.engines.base import EngineAddress, EngineRefused
-from server.engines.fake import FakeEngine, Faults
 from server.engines.vllm import VllmEngine, error_message
+from tests.fake_engine import FakeEngine, Faults
 
 
 def figures(logprob: Any) -> str:

@@ -23,10 +23,10 @@ from uvicorn.server import ServerState
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.engines.fake import FakeEngine, Faults
 from server.http.bounds import MOST_HEAD_BYTES, BoundedHttpProtocol, Bounds
 from server.metrics import Counter
 from server.settings import GatewaySettings
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway, start_gateway
 
 

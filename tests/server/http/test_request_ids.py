@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from feedback.db import Database
-from server.engines.fake import FakeEngine, Faults
 from server.http.request_ids import describe_request, get_request_id
 from server.logs import JsonFormatter
+from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import MAX_LORAS, RunningGateway, start_gateway
 
 ORIGIN = "https://chat.example.com"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from server.engines.fake.engine import FakeEngine
-from server.engines.fake.weights import ANSWER_TOKENS
+from tests.fake_engine.engine import FakeEngine
+from tests.fake_engine.weights import ANSWER_TOKENS
 
 
 def main() -> None:
     """Serve on 127.0.0.1 until the process ends."""
-    parser = argparse.ArgumentParser(prog="python -m server.engines.fake", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fake_engine", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", default="tiny", help="name of the base")
     parser.add_argument("--root", default="/models/tiny", help="path of the base, as it is listed")

@@ -25,11 +25,11 @@ from typing import Any
 import uvloop
 
 from server.engines.base import EngineAddress
-from server.engines.fake import wire
-from server.engines.fake.faults import Faults
-from server.engines.fake.http import Connection, Exchange, Waiting
-from server.engines.fake.requests import GenerationRequest, Refusal, read_request, refuse_tools
-from server.engines.fake.weights import (
+from tests.fake_engine import wire
+from tests.fake_engine.faults import Faults
+from tests.fake_engine.http import Connection, Exchange, Waiting
+from tests.fake_engine.requests import GenerationRequest, Refusal, read_request, refuse_tools
+from tests.fake_engine.weights import (
     ANSWER_TOKENS,
     BASE,
     Adapter,

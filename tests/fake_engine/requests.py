@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.engines.fake import wire
-from server.engines.fake.instances import build_instance
-from server.engines.fake.weights import answer_pieces, fake_tokens
+from tests.fake_engine import wire
+from tests.fake_engine.instances import build_instance
+from tests.fake_engine.weights import answer_pieces, fake_tokens
 
 COMPLETION_TOKENS = 16  #: what /v1/completions makes where `max_tokens` is not given
 JSON_OBJECT: Mapping[str, Any] = {"properties": {"answer": {"type": "string"}}}

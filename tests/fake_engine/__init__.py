@@ -7,13 +7,13 @@ them, and where it asks for JSON it says some that fits, as a vLLM with a tool p
 not sample, and knows nothing of `logprobs`.
 
 In a test's own process: `with FakeEngine() as engine: …`; as a process that can be killed:
-`python -m server.engines.fake --port 8001`, steered by `POST /fake/faults` and read by
+`python -m tests.fake_engine --port 8001`, steered by `POST /fake/faults` and read by
 `GET /fake/state`.
 """
 
-from server.engines.fake.engine import FakeEngine, RecordedRequest
-from server.engines.fake.faults import Faults
-from server.engines.fake.weights import (
+from tests.fake_engine.engine import FakeEngine, RecordedRequest
+from tests.fake_engine.faults import Faults
+from tests.fake_engine.weights import (
     BASE,
     fake_answer,
     fake_logprobs,
