@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.db import Database
 from server import endpoints
-from server.access.keys import check_routes
 from server.access.limits import LimitRequests
+from server.access.scopes import check_routes
 from server.chat.relay import ALWAYS
 from server.chat.request import IGNORED_HEADER
 from server.endpoints.chat import Completions
@@ -36,8 +36,8 @@ from server.http.encodings import Decoded, find_encoding
 from server.http.idempotency import REPLAYED_HEADER
 from server.machine import allow_open_files, collect_garbage_rarely, installed_version
 from server.metrics import CountRequests
+from server.schema import check_schema
 from server.settings import Settings
-from server.setup.upgrade import check_schema
 from tuner.base_models import BaseModel, describe_base
 
 _EXPOSED = (

@@ -21,7 +21,7 @@ from feedback.db import Database, DatabaseUnfit, new_id
 from feedback.errors import AppError
 from feedback.people import find_or_create_person, find_person
 from feedback.recording import interrupt_started
-from server.access.keys import Caller, KeyView, check_scope, end_user_of
+from server.access.keyring import Caller, KeyView, check_scope, end_user_of
 from server.access.limits import LimitBook, Limits
 from server.access.signing import Signing, open_signing
 from server.chat.directory import Directory

@@ -22,7 +22,8 @@ import uvicorn
 import uvloop
 
 from feedback.db import Database, new_id, now
-from server.access.keys import Scope, create_key
+from server.access.keys import create_key
+from server.access.scopes import Scope
 from server.app import build_config, create_app
 from server.deployments import promotion
 from server.deployments.promotion import Move

@@ -22,7 +22,7 @@ from pydantic import BaseModel, SecretStr
 
 from feedback.curation.examples import DropReason
 from feedback.curation.policy import Policy
-from server.access.keys import PUBLIC, ROUTES, Scope
+from server.access.scopes import PUBLIC, ROUTES, Scope
 from server.chat.request import NOT_FORWARDED, REFUSED, ChatRequest, TextRequest
 from server.cli import app
 from server.settings import Settings

@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.errors import AppError, RateLimited
-from server.access.keys import KeyView
-from server.access.keys import Scope as KeyScope
+from server.access.keyring import KeyView
+from server.access.scopes import Scope as KeyScope
 from server.access.tokens import Grant
 from server.errors import envelope_of, headers_of
 

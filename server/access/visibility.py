@@ -17,7 +17,9 @@ from feedback import audit
 from feedback.db import canonical_json
 from feedback.errors import Forbidden, NotFound, RateLimited
 from feedback.tables import Dataset, File
-from server.access.keys import Caller, Scope, list_makers
+from server.access.keyring import Caller
+from server.access.keys import list_makers
+from server.access.scopes import Scope
 from server.settings import Settings
 from tuner.jobs import count_unfinished
 from tuner.tables import Adapter, Deployment, Evaluation, Job, Release

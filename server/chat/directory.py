@@ -15,7 +15,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback.db import Database
-from server.access.keys import Keyring, load_keyring
+from server.access.keyring import Keyring
+from server.access.keys import load_keyring
 from server.chat.routing import DeploymentView, ReleaseView, Snapshot
 from tuner.tables import Adapter, Deployment, DeploymentAlias, Release
 

@@ -29,18 +29,8 @@ from feedback.recording import NOT_RECORDED, EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
 from server.access.limits import Account
 from server.chat.recorder import NotRecorded, NotSent, Recorder, RefersToNothing
-from server.chat.reply import (
-    DONE,
-    LARGEST_EVENT,
-    Events,
-    Forms,
-    Heard,
-    choices_of,
-    count_in,
-    names_of,
-    parse,
-    usage_of,
-)
+from server.chat.reply import Heard, choices_of, count_in, parse, usage_of
+from server.chat.stream import DONE, LARGEST_EVENT, Events, Forms, names_of
 from server.chat.tracing import CLIENT_LEFT, Trace
 from server.engines.base import EngineReply, EngineUnreachable
 from server.engines.fleet import Fleet, Member

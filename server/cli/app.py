@@ -58,7 +58,7 @@ def one_sentence(settings: Settings, code: int = REFUSED) -> Iterator[None]:
     from sqlalchemy.exc import SQLAlchemyError
 
     from feedback.db import DatabaseUnfit, show_url
-    from server.setup.upgrade import UpgradeError
+    from server.schema import UpgradeError
     from tuner.base_models import BaseModelError
 
     try:

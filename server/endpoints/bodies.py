@@ -20,24 +20,29 @@ from fastapi.routing import APIRoute
 from pydantic import ConfigDict, model_validator
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
-from starlette.types import Receive
 
 from feedback.db import Database
-from feedback.errors import BadRequest, TooLarge
+from feedback.errors import BadRequest
 from feedback.numbers import WholeNumbers
-from server.access.keys import KeyView
-from server.chat.request import MAX_PARTS, parse_body
+from server.access.keyring import KeyView
 from server.gateway import Gateway
 from server.http import idempotency
+from server.http.bodies import MAX_PARTS, parse_body, read_body
 from server.http.idempotency import Attempt
 from server.settings import Settings
 
 WORKER_BODY_BYTES = 16 * 1024 * 1024  #: a batch of the longest prompts that curation lets pass
 
+
 logger = logging.getLogger(__name__)
 
+
 Answering = Coroutine[Any, Any, Response]
+
+
 Handler = Callable[[Request], Answering]
+
+
 T = TypeVar("T")
 
 
@@ -177,22 +182,6 @@ class _Read(Request):
 
     async def json(self) -> Any:
         return self._parsed
-
-
-async def read_body(receive: Receive, most: int) -> bytes:
-    """A request's body. Raises TooLarge beyond `most` bytes, BadRequest where it breaks off."""
-    pieces, length, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise BadRequest("the connection ended before the body did")
-        piece = message.get("body", b"")
-        length += len(piece)
-        if length > most:
-            raise TooLarge(f"the body passes {most} bytes")
-        pieces.append(piece)
-        more = message.get("more_body", False)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _parse(request: Request, raw: bytes, most_parts: int) -> Any:

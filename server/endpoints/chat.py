@@ -27,8 +27,9 @@ from feedback.answers import (
 from feedback.errors import AppError, BadRequest, NotReady
 from feedback.recording import NOT_RECORDED, StartedAnswer
 from feedback.tables import AnswerKind, Arm
-from server.access.keys import Caller, KeyView, Scope, check_scope
+from server.access.keyring import Caller, KeyView, check_scope
 from server.access.limits import Admission
+from server.access.scopes import Scope
 from server.chat.directory import load_release
 from server.chat.recorder import NotSent
 from server.chat.relay import Exchange, Relay, Reply, stopping
@@ -42,17 +43,15 @@ from server.chat.request import (
     engine_body,
     is_task,
     offers_tools,
-    parse_body,
     parse_chat,
     parse_text,
-    refuse_nul,
     with_system_prompt,
 )
 from server.chat.routing import ReleaseView, Route, check_model, route, unknown_model
 from server.chat.tracing import Trace
-from server.endpoints.bodies import read_body
 from server.engines.fleet import Hold
 from server.gateway import Gateway
+from server.http.bodies import parse_body, read_body, refuse_nul
 from server.http.request_ids import identify
 from tuner.tables import ReleaseState
 

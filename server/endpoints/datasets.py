@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from feedback import datasets
 from feedback.tables import DatasetStatus
-from server.access.keys import Caller
+from server.access.keyring import Caller
 from server.access.visibility import (
     append_audit,
     check_job_quota,

@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 from sqlalchemy.orm import Session
 
 from feedback.errors import BadRequest, NotFound
-from server.access.keys import Caller
+from server.access.keyring import Caller
 from server.gateway import Gateway
 
 

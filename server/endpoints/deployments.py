@@ -18,7 +18,8 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest, Conflict, Forbidden
-from server.access.keys import Caller, Scope
+from server.access.keyring import Caller
+from server.access.scopes import Scope
 from server.access.visibility import append_audit, get_deployment, get_release, sees
 from server.chat.request import Bounded
 from server.deployments import promotion

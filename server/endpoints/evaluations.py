@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
-from server.access.keys import Caller
+from server.access.keyring import Caller
 from server.access.visibility import (
     append_audit,
     check_job_quota,

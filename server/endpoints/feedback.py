@@ -23,7 +23,7 @@ from feedback.errors import Forbidden, NotFound
 from feedback.judgements import NewJudgement
 from feedback.people import find_or_create_person, speaker_of, speaks_for
 from feedback.tables import Comparison, Judgement, JudgementKind, Person, SourceType
-from server.access.keys import Caller
+from server.access.keyring import Caller
 from server.access.tokens import Grant, sign
 from server.access.visibility import append_audit
 from server.deployments.policies import curation_policy

@@ -24,7 +24,7 @@ from feedback.formats.rows import FORMATS
 from feedback.reading import Abandoned, Effort
 from feedback.tables import Dataset, File
 from feedback.uploads import Incoming, Quota, Upload
-from server.access.keys import Caller
+from server.access.keyring import Caller
 from server.access.visibility import append_audit, get_file, sees_all_uploads
 from server.chat.request import IGNORED_HEADER
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest
-from server.access.keys import Caller
+from server.access.keyring import Caller
 from server.access.visibility import (
     append_audit,
     check_job_quota,

@@ -15,7 +15,9 @@ from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
 from feedback.errors import Conflict, Forbidden, NotFound
-from server.access.keys import Caller, Scope, create_key, revoke_key
+from server.access.keyring import Caller
+from server.access.keys import create_key, revoke_key
+from server.access.scopes import Scope
 from server.access.visibility import append_audit, get_deployment
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from server.access.keys import ROUTES, Scope
+from server.access.scopes import ROUTES, Scope
 from server.chat.request import IGNORED_HEADER
 from server.endpoints.chat import CHAT_PATH, TEXT_PATH
 from server.http.idempotency import HEADER, REPLAYED_HEADER, takes_key

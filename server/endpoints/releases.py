@@ -8,7 +8,8 @@ from fastapi import APIRouter
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict
 
-from server.access.keys import Caller, Scope
+from server.access.keyring import Caller
+from server.access.scopes import Scope
 from server.access.visibility import append_audit, get_release, reach
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.dependencies import CallerDep, ReadSession, WriteSession

@@ -16,7 +16,7 @@ from feedback.errors import BadRequest, NotFound
 from feedback.people import Viewer, speaks_for
 from feedback.tables import Answer, AnswerKind, AnswerStatus, AnswerText
 from feedback.verdicts import MAX_METADATA_PAIRS
-from server.access.keys import Caller
+from server.access.keyring import Caller
 from server.access.visibility import append_audit
 from server.chat.request import Metadata
 from server.endpoints.bodies import Body, JsonRoute

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.access.keys import Scope
+from server.access.scopes import Scope
 from server.endpoints.dependencies import CallerDep
 from server.endpoints.fields import one_of
 

@@ -29,8 +29,8 @@ from server.processes.engine import (
     engine_command,
     read_engine_record,
 )
+from server.schema import check_schema
 from server.settings import Settings
-from server.setup.upgrade import check_schema
 from tuner.base_models import BaseModelError, describe_base, read_chat_template
 
 CPU_TRAPS = (

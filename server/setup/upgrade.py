@@ -11,36 +11,30 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from feedback import audit
-from feedback.db import Database, DatabaseUnfit
+from feedback.db import Database
 from feedback.errors import BadRequest, Conflict
-from server.access.keys import Scope, create_key, hash_key
+from server.access.keyring import hash_key
+from server.access.keys import create_key
+from server.access.scopes import Scope
 from server.access.signing import attach, get_signing, open_signing, renew_secret
 from server.processes.children import write_private_json
+from server.schema import UpgradeError, migrate, wait_for_other_upgrades
 from server.settings import Settings
 from server.tables import Key
 from tuner.base_models import BaseModel
 from tuner.releases import create_deployment, get_release, list_deployments
 
-MIGRATIONS = Path(__file__).parent.parent / "migrations"
 DEFAULT_ALIASES = ("gpt-4o-mini",)
+
+
 ADMIN_USER = "admin"
+
+
 WORKER_USER = "burnish-worker"
-_LOCK = 0x6275726E  # one upgrade at a time on PostgreSQL
-
-
-class UpgradeError(Exception):
-    """The database belongs to something else than these settings say.
-
-    The message says what to do.
-    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +56,7 @@ def upgrade(
     settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     migrate(database)
     with database.write() as session:
-        _wait_for_others(database, session)
+        wait_for_other_upgrades(database, session)
         deployment = _first_deployment(session, settings, base)
         # After what may refuse: a new secret stays, whatever becomes of this transaction.
         _sign(settings, database, session, anew=new_secret)
@@ -74,61 +68,6 @@ def upgrade(
             # Before the commit: a key that stands nowhere could never be used.
             write_private_json(settings.data / "credentials", {"url": url, "api_key": admin_key})
     return Upgraded(admin_key=admin_key, deployment=deployment)
-
-
-def migrate(database: Database, revision: str = "head") -> None:
-    """Run the migrations that are missing, in one transaction.
-
-    Raises UpgradeError where a newer Burnish was here.
-    """
-    config = _config()
-    with database.write() as session:
-        _wait_for_others(database, session)
-        connection = session.connection()
-        found = MigrationContext.configure(connection).get_current_revision()
-        if found is not None and found not in _known():
-            raise UpgradeError(_too_new(found))
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
-
-
-def check_schema(database: Database) -> str:
-    """The schema's revision. Raises DatabaseUnfit unless it is the one of this version."""
-    with database.read() as session:
-        found = MigrationContext.configure(session.connection()).get_current_revision()
-    known = _known()
-    if found == known[0]:
-        return found
-    if found is not None and found not in known:
-        raise DatabaseUnfit(_too_new(found))
-    raise DatabaseUnfit(
-        f"the database has {'no schema' if found is None else f'the schema {found}'}, and this "
-        f"Burnish works with {known[0]}: run `burnish db upgrade`"
-    )
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    return config
-
-
-def _known() -> list[str]:
-    """All revisions, the newest first."""
-    return [script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()]
-
-
-def _too_new(found: str) -> str:
-    return (
-        f"the database has the schema {found}, which a newer Burnish made (this one knows "
-        f"{_known()[0]}): install that one again, or restore a backup from before it"
-    )
-
-
-def _wait_for_others(database: Database, session: Session) -> None:
-    """One upgrade at a time, until the transaction ends; SQLite has its own lock."""
-    if not database.is_sqlite:
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
 def recover_admin_key(settings: Settings, database: Database, *, url: str) -> str:

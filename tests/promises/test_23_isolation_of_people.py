@@ -13,7 +13,7 @@ import re
 import pytest
 
 from feedback.tables import Answer
-from server.access.keys import ROUTES, Scope
+from server.access.scopes import ROUTES, Scope
 from tests.everything import BODIES, Route, add_everything, call, list_rows
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway
 from tests.promise_fixtures import Figures

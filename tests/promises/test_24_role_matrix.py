@@ -9,7 +9,7 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.routing import Route
 
-from server.access.keys import PUBLIC, ROUTES, TOKEN_ROUTES, Scope, check_routes
+from server.access.scopes import PUBLIC, ROUTES, TOKEN_ROUTES, Scope, check_routes
 from server.app import create_app
 from tests.everything import add_everything, call, list_rows
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway

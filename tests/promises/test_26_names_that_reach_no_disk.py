@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from server.access.keys import ROUTES
+from server.access.scopes import ROUTES
 from tests.everything import add_everything
 from tests.fake_engine import FakeEngine
 from tests.gateway_fixtures import EVERY_SCOPE, RunningGateway

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from feedback.errors import AppError
-from server.chat.request import parse_body, parse_chat, refuse_nul
+from server.chat.request import parse_chat
+from server.http.bodies import parse_body, refuse_nul
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures
 from tests.promises.hostile.bodies import CONTENTS, MIB

@@ -24,7 +24,7 @@ from schemathesis import checks
 
 from feedback import datasets
 from feedback.db import Database
-from server.access.keys import ROUTES
+from server.access.scopes import ROUTES
 from server.endpoints.files import PURPOSE
 from tests.everything import add_everything
 from tests.gateway_fixtures import RunningGateway

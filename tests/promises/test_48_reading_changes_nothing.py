@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from feedback.tables import AuditEntry
-from server.access.keys import ROUTES, Scope
+from server.access.scopes import ROUTES, Scope
 from tests.everything import BODIES, add_everything, call, list_rows
 from tests.gateway_fixtures import RunningGateway
 from tests.promise_fixtures import Figures

@@ -55,7 +55,8 @@ def test_people_are_remembered_and_forgotten_by_user(sqlite_gateway: RunningGate
 def test_a_key_that_was_revoked_is_out_of_force_at_the_next_refresh(
     sqlite_gateway: RunningGateway,
 ) -> None:
-    from server.access.keys import hash_key, revoke_key
+    from server.access.keyring import hash_key
+    from server.access.keys import revoke_key
     from server.tables import Key
 
     key = sqlite_gateway.key("anna")

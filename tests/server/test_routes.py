@@ -10,7 +10,7 @@ import re
 
 import httpx
 
-from server.access.keys import ROUTES, Scope
+from server.access.scopes import ROUTES, Scope
 from tests.everything import call, list_rows
 from tests.gateway_fixtures import RunningGateway
 

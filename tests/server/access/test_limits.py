@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feedback.errors import RateLimited
-from server.access.keys import KeyView
+from server.access.keyring import KeyView
 from server.access.limits import MOST_TOKENS, Account, LimitBook, Limits, duration
 from server.access.tokens import Grant
 from tests.fake_engine import FakeEngine, Faults

@@ -19,7 +19,7 @@ from feedback.tables import Answer, AnswerStatus, AnswerText
 from server.chat import relay
 from server.chat.recorder import Recorder
 from server.chat.relay import Exchange, Relay, Reply
-from server.chat.reply import DONE
+from server.chat.stream import DONE
 from server.engines.base import EngineReply
 from server.engines.fleet import Fleet
 from server.metrics import Figures

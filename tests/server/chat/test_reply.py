@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.chat.reply import DONE, LARGEST_EVENT, Events, Forms, Heard, Names, choices_of, parse
+from server.chat.reply import Heard, choices_of, parse
+from server.chat.stream import DONE, LARGEST_EVENT, Events, Forms, Names
 from server.errors import EngineFault
 
 

@@ -13,18 +13,16 @@ from hypothesis import strategies as st
 from feedback.answers import OURS
 from feedback.errors import BadRequest, TooLarge
 from server.chat.request import (
-    MAX_DEPTH,
-    MAX_PARTS,
     REFUSED,
     Parsed,
     check_tools,
     engine_body,
     is_task,
-    parse_body,
     parse_chat,
     parse_text,
     with_system_prompt,
 )
+from server.http.bodies import MAX_DEPTH, MAX_PARTS, parse_body
 from server.settings import TASK_PROMPTS, EngineSettings
 
 HI = [{"role": "user", "content": "hi"}]

@@ -19,17 +19,12 @@ from sqlalchemy import MetaData, Table, inspect, select, text
 
 from feedback import audit
 from feedback.db import Base, CanonicalJson, Database, DatabaseUnfit, UtcDateTime, now
-from server.access.keys import Scope, hash_key, load_keyring, revoke_key
+from server.access.keyring import hash_key
+from server.access.keys import load_keyring, revoke_key
+from server.access.scopes import Scope
+from server.schema import MIGRATIONS, UpgradeError, check_schema, migrate
 from server.settings import Settings, WorkerSettings
-from server.setup.upgrade import (
-    MIGRATIONS,
-    UpgradeError,
-    check_schema,
-    migrate,
-    read_internal_key,
-    recover_admin_key,
-    upgrade,
-)
+from server.setup.upgrade import read_internal_key, recover_admin_key, upgrade
 from server.tables import Key
 from tests.gateway_fixtures import BASE
 from tuner.releases import get_release, list_aliases, list_deployments
