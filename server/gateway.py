@@ -39,7 +39,8 @@ from server.metrics import Figures
 from server.remains import Remains
 from server.settings import Settings
 from tuner.adapters import AdapterRefused, AdapterStore
-from tuner.base_models import TRAINED_TOKENS, BaseModel
+from tuner.base_models import BaseModel
+from tuner.methods import TRAINED_TOKENS
 from tuner.tables import Adapter
 
 logger = logging.getLogger(__name__)

@@ -27,9 +27,8 @@ from server.chat.request import NOT_FORWARDED, REFUSED, ChatRequest, TextRequest
 from server.cli import app
 from server.settings import Settings
 from tests.gateway_fixtures import RunningGateway
-from tuner.training.config import TrainingConfig
+from tuner.methods import HYPERPARAMETERS, IMPLEMENTED, Method, default_of
 from tuner.training.data import WHAT_TO_DO
-from tuner.tuning import HYPERPARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -154,9 +153,10 @@ def test_every_hyperparameter_is_documented_with_its_range_and_default() -> None
         name: f"{known.minimum:g} to {known.maximum:g}" for name, known in HYPERPARAMETERS.items()
     }
     for name, (_, default) in documented.items():
-        value = TrainingConfig.model_fields[HYPERPARAMETERS[name].setting].default
-        if isinstance(value, int | float):
-            assert float(default) == value, name
+        first, *others = default.split("; ")  # as in: 3; DPO 2
+        said = {Method(other.split()[0].lower()): other.split()[1] for other in others}
+        for method in IMPLEMENTED:
+            assert float(said.get(method, first)) == default_of(name, method), (name, method)
 
 
 def test_every_choice_of_curation_is_documented_with_its_default() -> None:

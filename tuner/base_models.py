@@ -21,8 +21,6 @@ from typing import Any, Final
 from tuner.chat_template import ChatTemplate
 from tuner.control_tokens import ControlTokens
 
-TRAINED_TOKENS: Final = 1024  #: longest example of a tuning job that says nothing of it
-
 MARK = (
     "burnish-model.json"  #: last file written into a directory that we make: name, revision, source
 )

@@ -30,13 +30,6 @@ class JobStatus(StrEnum):
     PAUSED = "paused"  #: put aside by a person; goes on from its checkpoint when it is resumed
 
 
-class Method(StrEnum):
-    SUPERVISED = "supervised"
-    DPO = "dpo"
-    KTO = "kto"
-    COMBINED = "combined"
-
-
 class ReleaseState(StrEnum):
     """Kept apart from roles: production, previous and canary are read from the deployment's row."""
 

@@ -1,90 +1,56 @@
 """Tuning jobs as they are asked for: which examples, which method, which hyperparameters.
 
 Owns: the making of `freeze` and `tune` jobs and every reason to refuse one before it is queued.
-Does not own what the worker does with them (`work/worker.py`) or the trainer's full configuration
-(`training/config.py`).
+Does not own what a method reads and takes (`methods.py`), what the worker does with the jobs
+(`work/worker.py`) or the trainer's full configuration (`training/config.py`).
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from feedback.curation.examples import ExampleKind
 from feedback.errors import BadRequest, Conflict, NotFound
 from feedback.numbers import whole
 from feedback.tables import Dataset, DatasetStatus, File
 from tuner.jobs import ENDED, create_job
+from tuner.methods import (
+    AUTO,
+    HYPERPARAMETERS,
+    IMPLEMENTED,
+    METHODS,
+    TRAINED_KINDS,
+    Method,
+    MethodFacts,
+    name_implemented,
+)
 from tuner.releases import production_of
-from tuner.tables import Deployment, Job, JobKind, Method
-
-AUTO = "auto"
-"""OpenAI's word for a hyperparameter left to the default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hyperparameter:
-    """What a job may set: the trainer's setting behind it, type and range, and what it means."""
-
-    setting: str
-    type: type[int] | type[float]
-    minimum: float
-    maximum: float
-    meaning: str
-
-
-HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
-    "n_epochs": Hyperparameter("epochs", int, 1, 50, "passes over the examples"),
-    "batch_size": Hyperparameter("batch_size", int, 1, 256, "examples per step"),
-    "learning_rate": Hyperparameter("learning_rate", float, 1e-8, 1.0, "peak learning rate"),
-    "learning_rate_multiplier": Hyperparameter(
-        "learning_rate", float, 1e-3, 1e3, "scales the method's default learning rate"
-    ),
-    "beta": Hyperparameter("beta", float, 1e-3, 10.0, "how far DPO may move from the base"),
-    "sft_weight": Hyperparameter("sft_weight", float, 1e-6, 10.0, "of the likelihood term in DPO"),
-    "r": Hyperparameter("r", int, 1, 512, "rank of the adapter"),
-    # Whole, as in peft and vLLM.
-    "lora_alpha": Hyperparameter("lora_alpha", int, 1, 4096, "scale of the adapter"),
-    "max_length": Hyperparameter("max_length", int, 16, 131_072, "longest example, tokens"),
-}
+from tuner.tables import Deployment, Job, JobKind
 
 LONGEST_SUFFIX = 64
 """Characters; OpenAI's bound."""
 
-_NEEDS: Mapping[str, str] = {Method.SUPERVISED: "supervised", Method.DPO: "preference"}
-# DPO trains on corrections too where a set has them: a likelihood term beside the pairs.
-_READS: Mapping[str, Sequence[str]] = {
-    Method.SUPERVISED: ("supervised",),
-    Method.DPO: ("preference", "supervised"),
-}
-TRAINED_KINDS = frozenset(kind for kinds in _READS.values() for kind in kinds)
-"""Kinds of example that some method trains on; the others count in evaluations alone."""
 
-_ADD: Mapping[str, str] = {
-    Method.SUPERVISED: "add corrections (kind 'correction')",
-    Method.DPO: "add comparisons, or corrections that change much of an answer",
-}
-
-
-def check_method(method: str) -> None:
-    """Raise `BadRequest` unless jobs can train by `method`."""
-    if method not in _NEEDS:
-        known = " or ".join(repr(str(name)) for name in _NEEDS)
-        raise BadRequest(f"Found method {method!r}, expected {known}.", param="method")
+def check_method(method: str) -> MethodFacts:
+    """The facts of `method`; raises `BadRequest` unless jobs can train by it."""
+    if method not in IMPLEMENTED:
+        raise BadRequest(f"Found method {method!r}, expected {name_implemented()}.", param="method")
+    return METHODS[Method(method)]
 
 
 def check_dataset_serves(dataset: Dataset, method: str) -> None:
     """Raise `BadRequest` with what to add when `method` can learn nothing from the data set."""
-    check_method(method)
-    kind = _NEEDS[method]
-    if dataset.counts.get(kind, 0) > 0:
+    needs = check_method(method).needs
+    if any(dataset.counts.get(kind, 0) > 0 for kind in needs):
         return
     raise BadRequest(
-        f"{dataset.id} has 0 {kind} examples to train on, method {str(method)!r} needs at least 1. "
+        f"{dataset.id} has 0 {' or '.join(needs)} examples to train on, method {str(method)!r} "
+        "needs at least 1. "
         f"{_describe_rest(dataset, method)}",
         param="training_file",
         code="nothing_to_learn",
@@ -94,9 +60,7 @@ def check_dataset_serves(dataset: Dataset, method: str) -> None:
 def _describe_rest(dataset: Dataset, method: str) -> str:
     """What a data set has instead of what `method` needs, and what to do, in sentences."""
     there = {
-        kind: dataset.counts.get(kind, 0)
-        for kind in ("supervised", "preference", "labelled")
-        if dataset.counts.get(kind, 0) > 0
+        kind: dataset.counts.get(kind, 0) for kind in ExampleKind if dataset.counts.get(kind, 0) > 0
     }
     found = " and ".join(f"{count} {kind}" for kind, count in there.items()) or "no other"
     said = [f"It has {found} ones to train on and {dataset.counts.get('holdout', 0)} held out."]
@@ -105,12 +69,17 @@ def _describe_rest(dataset: Dataset, method: str) -> str:
             "Ratings and stars make labelled ones, which evaluations use and no method trains on; "
             "corrections and comparisons are trained on."
         )
-    others = [
-        repr(str(other)) for other, needed in _NEEDS.items() if other != method and needed in there
-    ]
-    instead = f", or use method {others[0]}" if others else ""
-    action = _ADD[method]
+    others = [other for other in _methods_for(there) if other != method]
+    instead = f", or use method {str(others[0])!r}" if others else ""
+    action = METHODS[Method(method)].to_add
     return " ".join([*said, f"{action[0].upper()}{action[1:]}{instead}."])
+
+
+def _methods_for(kinds: Collection[str]) -> list[Method]:
+    """The methods that find what they need among examples of `kinds`."""
+    return [
+        method for method in IMPLEMENTED if any(kind in kinds for kind in METHODS[method].needs)
+    ]
 
 
 def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, int | float]:
@@ -305,7 +274,7 @@ def _dataset_files(
     session: Session, deployment: Deployment, dataset_id: str, method: str
 ) -> Sequence[File]:
     check_dataset_serves(_get_dataset(session, deployment, dataset_id), method)
-    kinds = _READS[method]
+    kinds: Sequence[str] = METHODS[Method(method)].reads
     files = session.scalars(
         select(File).where(
             File.dataset_id == dataset_id,
@@ -330,6 +299,7 @@ def _get_file(session: Session, deployment: Deployment, file_id: str, *, param: 
 
 
 def _get_training_file(session: Session, deployment: Deployment, file_id: str, method: str) -> File:
+    facts = METHODS[Method(method)]
     file = _get_file(session, deployment, file_id, param="training_file")
     if file.side == "holdout":
         raise BadRequest(
@@ -338,16 +308,16 @@ def _get_training_file(session: Session, deployment: Deployment, file_id: str, m
         )
     if file.rows == 0:
         raise BadRequest(
-            f"{file_id} has 0 examples; {_ADD[method]}.",
+            f"{file_id} has 0 examples; {facts.to_add}.",
             param="training_file",
             code="nothing_to_learn",
         )
-    if file.kind is not None and file.kind != _NEEDS[method]:
-        fitting = [str(name) for name, kind in _NEEDS.items() if kind == file.kind]
-        instead = f"; use method {fitting[0]!r}" if fitting else ""
+    if file.kind is not None and file.kind not in facts.needs:
+        fitting = _methods_for([file.kind])
+        instead = f"; use method {str(fitting[0])!r}" if fitting else ""
         raise BadRequest(
-            f"{file_id} has {file.kind} examples, method {str(method)!r} needs {_NEEDS[method]} "
-            f"ones{instead}.",
+            f"{file_id} has {file.kind} examples, method {str(method)!r} needs "
+            f"{' or '.join(facts.needs)} ones{instead}.",
             param="training_file",
         )
     return file
@@ -376,10 +346,11 @@ def _get_validation_file(
             "held back.",
             param=param,
         )
-    if file.kind is not None and file.kind not in _READS[method]:
+    reads = METHODS[Method(method)].reads
+    if file.kind is not None and file.kind not in reads:
         raise BadRequest(
             f"{file_id} has {file.kind} examples, method {str(method)!r} reads "
-            f"{' and '.join(_READS[method])} ones.",
+            f"{' and '.join(reads)} ones.",
             param=param,
         )
     return file

@@ -23,6 +23,7 @@ from server.cli.app import (
     show_json,
     show_table,
 )
+from tuner.methods import IMPLEMENTED
 
 deployments = typer.Typer(help="Public model names.", invoke_without_command=True)
 keys = typer.Typer(help="API keys.", invoke_without_command=True)
@@ -236,7 +237,7 @@ def show_dataset(dataset_id: str, as_json: AsJson = False) -> None:
 @app.command()
 def tune(
     deployment: Deployment = "assistant",
-    method: Annotated[str, typer.Option(help="supervised or dpo.")] = "supervised",
+    method: Annotated[str, typer.Option(help=f"{' or '.join(IMPLEMENTED)}.")] = "supervised",
     dataset: Annotated[
         str | None, typer.Option(help="ds_… or file-…; by default a new data set is made.")
     ] = None,

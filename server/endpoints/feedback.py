@@ -30,8 +30,8 @@ from server.deployments.policies import curation_policy
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
 from server.endpoints.fields import Deleted, Limit, Name, Page, one_of, page, unix
+from tuner.methods import TRAINED_KINDS
 from tuner.tables import Deployment
-from tuner.tuning import TRAINED_KINDS
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"], route_class=JsonRoute)
 

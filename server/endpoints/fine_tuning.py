@@ -6,7 +6,7 @@ candidate, never production.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
@@ -31,17 +31,21 @@ from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, Wr
 from server.endpoints.fields import Name, Page, one_of, page, unix
 from server.gateway import Gateway
 from tuner import jobs
+from tuner.methods import (
+    AUTO,
+    HYPERPARAMETERS,
+    IMPLEMENTED,
+    Method,
+    list_shown,
+    name_implemented,
+)
 from tuner.releases import find_deployment_by_model
-from tuner.tables import Deployment, Job, JobEvent, JobKind, JobStatus, Method, Release
-from tuner.tuning import AUTO, HYPERPARAMETERS, LONGEST_SUFFIX, create_tuning_job
+from tuner.tables import Deployment, Job, JobEvent, JobKind, JobStatus, Release
+from tuner.tuning import LONGEST_SUFFIX, create_tuning_job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=JsonRoute)
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
-
-_LEGACY = ("n_epochs", "batch_size", "learning_rate_multiplier")
-_SHOWN = {Method.SUPERVISED: _LEGACY, Method.DPO: (*_LEGACY, "beta")}
-_LATER = (Method.KTO, Method.COMBINED)
 
 Hyperparameters = Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=32)]
 
@@ -304,13 +308,13 @@ def _hyperparameters(body: JobCreate, method: MethodChoice) -> dict[str, Any]:
 
     Raises BadRequest where both have values.
     """
-    if method.type in _LATER:
+    if method.type in set(Method) - set(IMPLEMENTED):
         raise BadRequest(
-            f"method {method.type!r} is not there yet; use 'supervised' or 'dpo'",
+            f"method {method.type!r} is not there yet; use {name_implemented()}",
             param="method.type",
         )
     chosen: dict[str, Any] | None = None
-    for name in (Method.SUPERVISED, Method.DPO):
+    for name in IMPLEMENTED:
         options: MethodOptions | None = getattr(method, name)
         if options is not None and name != method.type:
             raise BadRequest(
@@ -339,12 +343,8 @@ def _without_auto(given: dict[str, Any] | None) -> dict[str, Any]:
 def _job(session: Session, row: Job) -> TuningJob:
     given = row.spec.get("hyperparameters", {})
     method = Method(row.method or Method.SUPERVISED)
-    shown = {name: given.get(name, AUTO) for name in _SHOWN[method]}
-    used: MethodUsed = {"type": method}
-    if method is Method.DPO:
-        used["dpo"] = {"hyperparameters": {**shown, **given}}
-    else:
-        used["supervised"] = {"hyperparameters": {**shown, **given}}
+    shown = {name: given.get(name, AUTO) for name in list_shown(method)}
+    used = {"type": method, str(method): {"hyperparameters": {**shown, **given}}}
     ended = row.status in jobs.ENDED
     return {
         "id": row.id,
@@ -358,8 +358,8 @@ def _job(session: Session, row: Job) -> TuningJob:
         "status": row.status,
         "training_file": row.spec.get("training_file"),
         "validation_file": row.spec.get("validation_file"),
-        "hyperparameters": {name: given.get(name, AUTO) for name in _LEGACY},
-        "method": used,
+        "hyperparameters": {name: given.get(name, AUTO) for name in list_shown()},
+        "method": cast(MethodUsed, used),
         "trained_tokens": row.result.get("trained_tokens") if ended else None,
         "error": _error(row),
         "user_provided_suffix": row.spec.get("suffix"),

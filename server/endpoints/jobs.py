@@ -11,7 +11,8 @@ from server.access.visibility import get_job, reach
 from server.endpoints.dependencies import CallerDep, ReadSession
 from server.endpoints.fields import Limit, Page, one_of, page, unix
 from tuner.jobs import list_jobs
-from tuner.tables import Job, JobKind, JobStatus, Method
+from tuner.methods import Method
+from tuner.tables import Job, JobKind, JobStatus
 
 router = APIRouter(prefix="/admin/jobs", tags=["jobs"])
 

@@ -19,9 +19,10 @@ from tests.tuner.records import (
     supervised,
 )
 from tuner import jobs, tuning
+from tuner.methods import HYPERPARAMETERS
 from tuner.releases import get_deployment, move_production
 from tuner.tables import JobKind
-from tuner.tuning import HYPERPARAMETERS, check_hyperparameters, create_tuning_job
+from tuner.tuning import check_hyperparameters, create_tuning_job
 
 ROWS = [
     supervised("ex_1", "One?", "First."),

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from feedback.answers import text_of
 from feedback.canonical import json_in_order
+from feedback.curation.examples import ExampleKind
 from feedback.curation.extract import build_prompt_hash
 from feedback.formats.messages import join_parts
 from tuner.evaluation.gate import Figures, Labelled, Paired, Verdict, Written, decide
@@ -43,7 +44,6 @@ R = TypeVar("R")
 ROWS_PER_PORTION = 32
 """Enough to fill the engine's batches."""
 
-_KINDS = ("supervised", "preference", "labelled")
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -208,11 +208,11 @@ def _score_in_portions(
     client: GatewayClient, subject: Subject, effort: Effort, report: Report
 ) -> Iterator[tuple[Mapping[str, Any], _RowScores | Unscored]]:
     """The first `max_rows` rows of each kind with their scores; a few at a time are in memory."""
-    by_kind: dict[str, list[int]] = {kind: [] for kind in _KINDS}
+    by_kind: dict[str, list[int]] = {kind: [] for kind in ExampleKind}
     for index, (kind, _) in enumerate(_list_kinds_and_prompts(subject.rows)):
         if kind in by_kind and len(by_kind[kind]) < effort.max_rows:
             by_kind[kind].append(index)
-    chosen = [index for kind in _KINDS for index in by_kind[kind]]
+    chosen = [index for kind in ExampleKind for index in by_kind[kind]]
     for start in range(0, len(chosen), ROWS_PER_PORTION):
         rows = [subject.rows[index] for index in chosen[start : start + ROWS_PER_PORTION]]
 

@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tuner.base_models import TRAINED_TOKENS
+from tuner.methods import IMPLEMENTED, Method, default_of, name_implemented
 
 PARENT_VARIABLE: Final = "BURNISH_TRAINER_PARENT"
 
@@ -31,27 +31,21 @@ class ExitCode:
     GUARDED = 3  #: a guard stopped the run
 
 
-class Method(StrEnum):
-    """What the examples teach by."""
-
-    SUPERVISED = "supervised"  #: the negative log-likelihood of completions
-    DPO = "dpo"  #: preference pairs against the base; supervised examples may be mixed in
-
-
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the setting."""
 
 
-_METHOD_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    Method.SUPERVISED: {"learning_rate": 2e-4, "epochs": 3},
-    Method.DPO: {"learning_rate": 1e-5, "epochs": 2},
-}
 # Where things lie, and what is only about the way there: none of it changes the adapter.
 _NOT_IDENTITY: Final = frozenset(
     {"job_id", "base_path", "train_files", "validation_file", "output_dir", "references_dir"}
     | {"warm_start"}
     | {"data_hash", "checkpoint_every_steps", "max_rank", "max_chosen_drop", "max_kl"}
 )
+
+
+def _default_in(name: str, data: Mapping[str, Any]) -> Any:
+    # Without a valid method its own error is the one to show.
+    return default_of(name, data.get("method", Method.SUPERVISED))
 
 
 class TrainingConfig(BaseModel):
@@ -77,9 +71,9 @@ class TrainingConfig(BaseModel):
     references_dir: Path = Field(description="Cache of the base's log-probabilities.")
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    r: int = Field(default=16, ge=1, description="Rank of the adapter.")
+    r: int = Field(default=default_of("r"), ge=1, description="Rank of the adapter.")
     max_rank: int = Field(default=512, ge=1, description="Largest rank that the engines serve.")
-    lora_alpha: float = Field(default=32, gt=0)
+    lora_alpha: float = Field(default=default_of("lora_alpha"), gt=0)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = Field(
         default=None,
@@ -88,19 +82,23 @@ class TrainingConfig(BaseModel):
     )
     warm_start: Path | None = Field(default=None, description="Folder of an adapter to go on from.")
 
-    learning_rate: float = Field(default_factory=lambda data: _default(data, "learning_rate"), gt=0)
-    epochs: int = Field(default_factory=lambda data: _default(data, "epochs"), ge=1, le=100)
-    batch_size: int = Field(default=8, ge=1, description="Examples per optimizer step.")
+    learning_rate: float = Field(default_factory=partial(_default_in, "learning_rate"), gt=0)
+    epochs: int = Field(default_factory=partial(_default_in, "n_epochs"), ge=1, le=100)
+    batch_size: int = Field(
+        default=default_of("batch_size"), ge=1, description="Examples per optimizer step."
+    )
     batch_tokens: int = Field(default=512, ge=1, description="Tokens per forward pass, at most.")
     max_length: int = Field(
-        default=TRAINED_TOKENS, ge=2, description="Longer examples are dropped."
+        default=default_of("max_length"), ge=2, description="Longer examples are dropped."
     )
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    beta: float = Field(default=0.1, gt=0, description="DPO's temperature.")
+    beta: float = Field(default=default_of("beta"), gt=0, description="DPO's temperature.")
     sft_weight: float | None = Field(
-        default=1.0, gt=0, description="Weight of the chosen answers' own likelihood beside DPO."
+        default=default_of("sft_weight"),
+        gt=0,
+        description="Weight of the chosen answers' own likelihood beside DPO.",
     )
 
     validation_share: float = Field(default=0.1, ge=0, lt=1)
@@ -138,6 +136,13 @@ class TrainingConfig(BaseModel):
                 if value is not None or key not in ("learning_rate", "epochs")
             }
         return values
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_implemented(cls, method: Method) -> Method:
+        if method not in IMPLEMENTED:
+            raise ValueError(f"found {str(method)!r}, expected {name_implemented()}")
+        return method
 
     @model_validator(mode="after")
     def _rank_is_served(self) -> TrainingConfig:
@@ -177,11 +182,6 @@ class TrainingConfig(BaseModel):
         """
         settings = self.model_dump(mode="json", exclude=set(_NOT_IDENTITY))
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _default(data: Mapping[str, Any], key: str) -> Any:
-    # Without a valid method its own error is the one to show.
-    return _METHOD_DEFAULTS.get(data.get("method", Method.SUPERVISED), {})[key]
 
 
 def child_environment(threads: int) -> dict[str, str]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from feedback.answers import root_hash
 from feedback.curation.extract import build_near_hash, build_prompt_hash
 from feedback.formats.messages import as_sent
+from feedback.formats.shapes import Kind
 from tuner.chat_template import (
     PLAIN,
     AnswerRewritten,
@@ -31,7 +32,6 @@ from tuner.control_tokens import ControlTokens
 from tuner.crashes import describe_crash
 
 Message = Mapping[str, Any]
-Kind = Literal["supervised", "preference", "labelled"]
 
 
 WHAT_TO_DO: Mapping[str, str] = {
@@ -309,7 +309,7 @@ class Renderer:
         self._max_length = max_length
         self.longest_tokens = 0  #: of all rows that were rendered, dropped ones too
 
-    def render(self, rows: Sequence[Row], kinds: frozenset[Kind]) -> Rendered:
+    def render(self, rows: Sequence[Row], kinds: Collection[Kind]) -> Rendered:
         """Render the rows of the given kinds, and count all others by the reason they are dropped.
 
         Reasons: `other_kind`, `template_mismatch` (the prompt is not what it was when served),

@@ -35,13 +35,13 @@ from tuner.base_models import (
     read_template,
     template_hash,
 )
+from tuner.methods import METHODS, Method
 from tuner.training.checkpoint import Checkpoint, Checkpoints
-from tuner.training.config import ConfigError, Method, TrainingConfig
+from tuner.training.config import ConfigError, TrainingConfig
 from tuner.training.data import (
     WHAT_TO_DO,
     DataError,
     Example,
-    Kind,
     Renderer,
     Row,
     leave_out_near,
@@ -64,11 +64,6 @@ Emit = Callable[[dict[str, Any]], None]
 ADAPTER_FOLDER: Final = "adapter"
 CHECKPOINTS_FOLDER: Final = "checkpoints"
 
-_KINDS: Mapping[Method, frozenset[Kind]] = {
-    Method.SUPERVISED: frozenset({"supervised"}),
-    Method.DPO: frozenset({"preference", "supervised"}),
-}
-_TEACHES: Mapping[Method, Kind] = {Method.SUPERVISED: "supervised", Method.DPO: "preference"}
 _KL_EVERY_STEPS = 10
 _SECONDS_BETWEEN_EVENTS = 0.5
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
@@ -119,7 +114,7 @@ class _Examples:
 
 def _share_examples(config: TrainingConfig, renderer: Renderer, rows: Sequence[Row]) -> _Examples:
     """A share of the rows validates."""
-    rendered = renderer.render(rows, _KINDS[config.method])
+    rendered = renderer.render(rows, METHODS[config.method].reads)
     _check_teaches(config, renderer, rendered.examples, rendered.drops)
     training, validation = split_validation(
         rendered.examples, share=config.validation_share, minimum=config.min_validation
@@ -133,7 +128,7 @@ def _hold_examples(
     config: TrainingConfig, renderer: Renderer, rows: Sequence[Row], held: Sequence[Row]
 ) -> _Examples:
     """A file of its own validates: all of it, and nothing that is near it trains."""
-    kinds = _KINDS[config.method]
+    kinds = METHODS[config.method].reads
     validation = renderer.render(held, kinds)
     if not validation.examples:
         assert config.validation_file is not None
@@ -170,7 +165,7 @@ def _check_teaches(
         )
     raise NothingToLearn(
         f"Nothing is left to train on: method {str(config.method)!r} needs "
-        f"{_TEACHES[config.method]} examples and found none "
+        f"{' or '.join(METHODS[config.method].needs)} examples and found none "
         f"({_describe_drops(drops) or 'the files are empty'}).{too_long}"
     )
 
@@ -183,7 +178,7 @@ def _describe_drops(drops: Mapping[str, int]) -> str:
 
 
 def _teaches(method: Method, examples: Sequence[Example]) -> bool:
-    return any(example.kind == _TEACHES[method] for example in examples)
+    return any(example.kind in METHODS[method].needs for example in examples)
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:

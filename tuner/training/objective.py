@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from feedback.formats.shapes import Kind
 from tuner.training.config import TrainingConfig
-from tuner.training.data import Example, Kind
+from tuner.training.data import Example
 from tuner.training.layout import sequences_of
 from tuner.training.losses import Metrics, dpo_loss, supervised_loss
 from tuner.training.model import TunedModel

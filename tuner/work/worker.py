@@ -55,9 +55,9 @@ from tuner.evaluation.gateway_client import (
 from tuner.evaluation.holdout import Holdout
 from tuner.evaluation.measurement import run_evaluation
 from tuner.jobs import JobFailed, LeaseLost, NewEvent, Request, StalledJobs
+from tuner.methods import HYPERPARAMETERS, default_of
 from tuner.tables import Job, JobKind
 from tuner.training.config import ConfigError, TrainingConfig, child_environment
-from tuner.tuning import HYPERPARAMETERS
 from tuner.work.candidates import (
     Candidate,
     check_base,
@@ -483,14 +483,14 @@ class Worker:
             "data_hash": data_hash,
         }
         defaults = TrainingConfig.from_json(json.dumps({**settings, "r": 1}))
-        if max_rank < _default("r"):  # the default's scale, at the largest rank that is served
-            scale = _default("lora_alpha") / _default("r")
+        if max_rank < default_of("r"):  # the default's scale, at the largest rank that is served
+            scale = default_of("lora_alpha") / default_of("r")
             settings |= {"r": max_rank, "lora_alpha": scale * max_rank}
         for name, value in job.spec["hyperparameters"].items():
             if name == "learning_rate_multiplier":
                 value = defaults.learning_rate * value
             settings[HYPERPARAMETERS[name].setting] = value
-        longest = settings.get("max_length", _default("max_length"))
+        longest = settings.get("max_length", default_of("max_length"))
         served = self._options.max_model_len or base.max_position_embeddings
         settings["max_length"] = min(longest, served, base.max_position_embeddings)
         return TrainingConfig.from_json(json.dumps(settings))
@@ -646,10 +646,6 @@ def _record_candidate(
             "evaluation": evaluation_id,
         },
     )
-
-
-def _default(setting: str) -> Any:
-    return TrainingConfig.model_fields[setting].default
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -10,10 +10,12 @@ import openai
 import pytest
 
 from feedback.tables import Dataset
+from server.endpoints.fine_tuning import MethodChoice, MethodUsed
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer, add_dataset, add_deployment
 from tuner import jobs
 from tuner.jobs import NewEvent
+from tuner.methods import IMPLEMENTED
 from tuner.releases import create_release, get_deployment
 from tuner.tables import JobKind
 
@@ -397,3 +399,8 @@ def test_another_persons_upload_validates_nothing(
     refused = ben.post("/v1/fine_tuning/jobs", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "validation_file")
     assert ann.post("/v1/fine_tuning/jobs", json=body).is_success
+
+
+def test_the_api_takes_and_shows_every_method_that_is_implemented() -> None:
+    assert set(MethodChoice.model_fields) - {"type", "reinforcement"} == set(IMPLEMENTED)
+    assert set(MethodUsed.__annotations__) - {"type"} == set(IMPLEMENTED)

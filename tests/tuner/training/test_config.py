@@ -31,6 +31,7 @@ def test_a_configuration_survives_its_file(settings: dict[str, Any]) -> None:
         ({"learning_rte": 1e-4}, "unknown setting 'learning_rte'"),
         ({"epochs": 0}, "'epochs'"),
         ({"method": "ppo"}, "'method'"),
+        ({"method": "kto"}, "found 'kto', expected 'supervised' or 'dpo'"),
         ({"r": 64, "max_rank": 16}, "r is 64, above 16"),
         ({"learning_rate": float("nan")}, "learning_rate|JSON"),
     ],
