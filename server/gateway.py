@@ -1,7 +1,6 @@
 """The gateway process put together: database, recorder, directory, fleet.
 
-Owns: their wiring and lifetimes, and who a request's caller is. Does not own: routes
-(`endpoints/`), rules.
+Owns: their wiring and lifetimes. Does not own: routes (`endpoints/`), rules.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from typing import IO, Any
 
 from feedback.db import Database, DatabaseUnfit, new_id
 from feedback.errors import AppError
-from feedback.people import find_or_create_person, find_person
 from feedback.recording import interrupt_started
-from server.access.keyring import Caller, KeyView, check_scope, end_user_of
+from server.access.callers import Callers
 from server.access.limits import LimitBook, Limits
 from server.access.signing import Signing, open_signing
 from server.chat.directory import Directory
@@ -46,9 +44,6 @@ from tuner.tables import Adapter
 logger = logging.getLogger(__name__)
 
 
-MOST_PEOPLE = 100_000  #: kept in memory
-
-
 @dataclass(slots=True)
 class Gateway:
     """What routes work with. One event loop owns it."""
@@ -58,6 +53,7 @@ class Gateway:
     database: Database
     recorder: Recorder
     directory: Directory
+    callers: Callers
     fleet: Fleet
     store: AdapterStore
     limits: LimitBook
@@ -68,57 +64,12 @@ class Gateway:
     id: str = field(default_factory=lambda: new_id("gw_"))
     tracer: Tracer | None = None  #: None: tracing is off
     stopping: bool = False
-    _people: dict[str, dict[str, str]] = field(default_factory=dict)  #: by user, then end user
-    _people_count: int = 0
     _moves: dict[str, asyncio.Lock] = field(default_factory=dict)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def move_lock(self, deployment: str) -> asyncio.Lock:
         """Moves of one deployment follow each other."""
         return self._moves.setdefault(deployment, asyncio.Lock())
-
-    async def person_id(self, user: str, end_user: str = "") -> str:
-        """The person of that name, from memory after the first time."""
-        known = self._people.get(user)
-        found = None if known is None else known.get(end_user)
-        if found is None:
-            found = await asyncio.to_thread(self._find_or_create_person, user, end_user)
-            if self._people_count >= MOST_PEOPLE:
-                self._people.clear()
-                self._people_count = 0
-            self._people.setdefault(user, {})[end_user] = found
-            self._people_count += 1
-        return found
-
-    def _find_or_create_person(self, user: str, end_user: str) -> str:
-        with self.database.read() as session:  # a database that is locked is no hindrance
-            found = find_person(session, user, end_user)
-        if found is not None:
-            return found.id
-        with self.database.write() as session:
-            return find_or_create_person(session, user, end_user).id
-
-    def forget_person(self, user: str) -> None:
-        """Drop a user's persons from memory, after an erasure."""
-        self._people_count -= len(self._people.pop(user, ()))
-
-    def authorize(self, method: str, path: str, headers: Mapping[str, str]) -> KeyView:
-        """The key of a request, checked against the route's scope.
-
-        Raises NotAuthenticated or Forbidden.
-        """
-        key = self.directory.keyring.authenticate(headers.get("authorization"))
-        check_scope(key, method, path)
-        return key
-
-    async def caller(
-        self, key: KeyView, body: Mapping[str, Any], headers: Mapping[str, str]
-    ) -> Caller:
-        """The person that a request is for."""
-        if key.grant is not None:
-            return Caller(key, key.grant.person_id)
-        end_user = end_user_of(key, body, headers, self.settings.gateway.user_headers)
-        return Caller(key, await self.person_id(key.user, end_user))
 
     async def parses_tools(self) -> bool | None:
         """Whether the engines can call tools: what is set, else what they show."""
@@ -211,6 +162,7 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
             yield
 
     directory = Directory(database, base.name, before_flip, signing.tokens)
+    callers = Callers(database, lambda: directory.keyring, settings.gateway.user_headers)
     dead_letters = settings.data / "dead-letters.jsonl"
     recorder = Recorder(
         database,
@@ -222,7 +174,17 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
     limits = LimitBook(Limits(**settings.limits.model_dump(exclude={"unfinished_jobs"})))
     remains = Remains(database, dead_letters)
     gateway = Gateway(
-        settings, base, database, recorder, directory, fleet, store, limits, signing, remains
+        settings,
+        base,
+        database,
+        recorder,
+        directory,
+        callers,
+        fleet,
+        store,
+        limits,
+        signing,
+        remains,
     )
     if settings.tracing.enabled:
         gateway.tracer = build_tracer(gateway.id)

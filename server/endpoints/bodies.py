@@ -88,7 +88,7 @@ class JsonRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             gateway: Gateway = request.app.state.gateway
-            key = gateway.authorize(request.method, self.path, request.headers)
+            key = gateway.callers.authorize(request.scope, request.method, self.path)
             raw = await read_body(request.receive, self.most_bytes(gateway.settings))
             read = _Read(request, raw, _parse(request, raw, self.most_parts))
             named = request.headers.get(idempotency.HEADER)

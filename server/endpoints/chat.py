@@ -115,7 +115,7 @@ class Completions:
             if gateway.tracer is not None:
                 trace = gateway.tracer.start(scope)
             headers = _decoded(scope["headers"])
-            key = gateway.directory.keyring.authenticate(headers.get("authorization"))
+            key = gateway.callers.authenticate(scope)
             account = gateway.limits.account(key)
             if account is not None:
                 reply.limited_by(account)
@@ -137,7 +137,7 @@ class Completions:
                 charge=None if admission is None else admission.charge,
                 figures=gateway.figures,
                 began=began,
-                on_missing_person=lambda: gateway.forget_person(caller.key.user),
+                on_missing_person=lambda: gateway.callers.forget(caller.key.user),
                 trace=trace,
             )
             await relay.answer(receive, reply)
@@ -192,7 +192,7 @@ async def _prepare(
     external_id = _external_conversation(parsed.given, headers, settings.conversation_headers)
     check_model(gateway.directory.snapshot, parsed.model, key.deployments)
     pinned = await _find_pinned(gateway, key, parsed.model) if "@" in parsed.model else None
-    caller = await gateway.caller(key, body, headers)
+    caller = await gateway.callers.caller(key, body, headers)
     gateway.fleet.check_ready()
     if kind is AnswerKind.TASK:
         external_id = None  # about a conversation, not of it: its release must not become theirs

@@ -29,9 +29,9 @@ async def _caller(request: Request, gateway: GatewayDep) -> Caller:
 
     Routes that let an application name an end user resolve that one themselves.
     """
-    key = gateway.authorize(request.method, request.scope["route"].path, request.headers)
+    key = gateway.callers.authorize(request.scope, request.method, request.scope["route"].path)
     _refuse_nul(request)
-    return await gateway.caller(key, {}, request.headers)
+    return await gateway.callers.caller(key, {}, request.headers)
 
 
 def _refuse_nul(request: Request) -> None:

@@ -41,17 +41,6 @@ def test_answers_that_a_killed_gateway_left_are_ended_at_the_next_start(
         assert (answer.status, answer.error_code) == ("interrupted", "gateway_stopped")
 
 
-def test_people_are_remembered_and_forgotten_by_user(sqlite_gateway: RunningGateway) -> None:
-    gateway = sqlite_gateway.gateway
-    first = sqlite_gateway.run(gateway.person_id("app", "one"))
-    other = sqlite_gateway.run(gateway.person_id("app", "two"))
-    assert first != other
-    assert sqlite_gateway.run(gateway.person_id("app", "one")) == first
-    gateway.forget_person("app")
-    assert gateway._people == {}
-    assert sqlite_gateway.run(gateway.person_id("app", "one")) == first
-
-
 def test_a_key_that_was_revoked_is_out_of_force_at_the_next_refresh(
     sqlite_gateway: RunningGateway,
 ) -> None:

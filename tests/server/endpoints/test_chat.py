@@ -647,7 +647,9 @@ def test_an_answer_that_cannot_be_recorded_is_withheld(
             assert replies[0].json()["error"]["code"] == "not_recorded"
             assert replies[0].status_code == 503
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_recorded")
-        assert "anna" in gateway.gateway._people  # nobody is asked for again because of an outage
+        assert (
+            "anna" in gateway.gateway.callers._people
+        )  # nobody is asked for again because of an outage
         assert gateway_engine.finished == 1
 
         eventually(lambda: statuses() == ["interrupted"])  # of the second one nothing was begun
@@ -739,7 +741,7 @@ def test_a_person_whose_row_was_erased_elsewhere_is_met_again(
     with sqlite_gateway.database.write() as session:
         session.delete(session.scalars(select(Person)).one())
     assert client.post(CHAT, json=chat()).status_code == 503
-    assert sqlite_gateway.gateway._people == {}
+    assert sqlite_gateway.gateway.callers._people == {}
     assert client.post(CHAT, json=chat()).status_code == 200
 
 
