@@ -61,7 +61,7 @@ def test_a_key_that_was_revoked_is_out_of_force_at_the_next_refresh(
 def test_a_person_who_is_known_is_found_while_the_database_is_locked(
     sqlite_gateway: RunningGateway,
 ) -> None:
-    find = sqlite_gateway.gateway._find_or_create_person
+    find = sqlite_gateway.gateway.callers._find_or_create
     found = find("anna", "")
     with sqlite_gateway.database.write() as session:
         session.connection()  # BEGIN IMMEDIATE
