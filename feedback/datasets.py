@@ -3,7 +3,7 @@
 Owns: the rows of `datasets` and `dataset_rows`, and the freeze from judged answers to files.
 Covered: a freeze that is killed and begins anew, two at once, answers that are judged or deleted
 meanwhile (the set has each answer as it was when it was read). Does not own: what a verdict teaches
-and which examples are chosen (`curation/`), the job that freezes (`tuner/work/worker.py`).
+and which examples are chosen (`curation/`), the job that freezes (`tuner/work/freeze.py`).
 
 Texts are never held at once: they go to a spool on disk, and what is in memory of an example is its
 feature.

@@ -2,7 +2,7 @@
 
 Its own words may repeat what people wrote (a key that was not found, a text that could not be
 encoded), and these get into logs and into what a job says of itself. Does not own: errors whose
-words are chosen here (`_reason` in `work/worker.py`).
+words are chosen here (`work/reasons.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns: the states of a job, its lease (`attempt` fences every write of a worker, `beat` shows that it
 lives), the sweep that finds stalled ones, its events, and that a job which ends badly leaves no
-half-made thing waiting. Does not own what a job does (`work/worker.py`).
+half-made thing waiting. Does not own what a job does (`work/handlers.py`).
 
 A lease involves no wall clock. An observer calls a job stalled when its beat counter hasn't moved
 for `lease_seconds` of the observer's own monotonic clock, so clocks that jump or differ between

@@ -2,7 +2,7 @@
 
 Owns: the making of `freeze` and `tune` jobs and every reason to refuse one before it is queued.
 Does not own what a method reads and takes (`methods.py`), what the worker does with the jobs
-(`work/worker.py`) or the trainer's full configuration (`training/config.py`).
+(`work/handlers.py`) or the trainer's full configuration (`training/config.py`).
 """
 
 from __future__ import annotations

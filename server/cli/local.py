@@ -97,7 +97,8 @@ def worker(data: Data = None) -> None:
     from server.logs import configure_logging
     from server.processes.supervisor import local_url
     from server.setup.upgrade import read_internal_key
-    from tuner.work.worker import WorkerOptions, run_worker
+    from tuner.work.workbench import WorkerOptions
+    from tuner.work.worker import run_worker
 
     settings = load_settings(data=data)
     prepare_data(settings)

@@ -1,7 +1,7 @@
 """From a trainer's output to a candidate release: what is checked, and what is written.
 
 Owns: the files that a tuning job may train on, and the rows of a candidate. Does not own the job's
-course (`worker.py`) or the child (`trainer.py`). Functions that take a session never commit: the
+course (`tune.py`) or the child (`trainer.py`). Functions that take a session never commit: the
 caller writes a candidate and the end of its job in one transaction.
 """
 

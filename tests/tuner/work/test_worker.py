@@ -47,7 +47,8 @@ from tuner.releases import create_deployment, get_deployment, move_production
 from tuner.tables import Adapter, Evaluation, Job, JobKind, JobStatus, Release
 from tuner.tuning import create_freeze_job, create_tuning_job
 from tuner.work.remains import trainer_place
-from tuner.work.worker import Worker, WorkerOptions
+from tuner.work.workbench import WorkerOptions
+from tuner.work.worker import Worker
 
 ROWS = [supervised(f"ex_{number}", f"Question {number}?", "Good.") for number in range(4)]
 HOLDOUT = [supervised(f"ex_h{number}", f"Held {number}?", "Good.") for number in range(6)]
@@ -555,7 +556,7 @@ def test_a_freeze_whose_lease_is_lost_makes_nothing_ready(
         take_over(home, job)
         return frozen
 
-    monkeypatch.setattr("tuner.work.worker.freeze", freeze_and_lose)
+    monkeypatch.setattr("tuner.work.freeze.freeze", freeze_and_lose)
     home.worker(poll_seconds=60.0, lease_seconds=600.0).run_one()
     with home.database.read() as session:
         assert session.get_one(Dataset, dataset.id).status == DatasetStatus.RUNNING
@@ -694,7 +695,7 @@ def test_an_adapter_whose_release_could_not_be_made_is_removed(
     def refuse(*_: Any, **__: Any) -> None:
         raise jobs.JobFailed("training_data_gone", "It was deleted.")
 
-    monkeypatch.setattr("tuner.work.worker.create_candidate", refuse)
+    monkeypatch.setattr("tuner.work.tune.create_candidate", refuse)
     assert home.worker().run_one()
     assert home.job(job).error_code == "training_data_gone"
     assert names_below(home.data / "adapters") == set()
@@ -820,7 +821,7 @@ def test_an_unexpected_error_fails_the_job_and_not_the_worker(
     def broken(*_: Any, **__: Any) -> Any:
         raise KeyError("what somebody wrote")
 
-    monkeypatch.setattr("tuner.work.worker.run_evaluation", broken)
+    monkeypatch.setattr("tuner.work.evaluate.run_evaluation", broken)
     assert home.worker().run_one()
     assert home.job(job).error_code == "internal_error"
     message = str(home.job(job).error_message)
@@ -857,7 +858,7 @@ def test_a_job_whose_database_went_away_is_taken_up_again(
         raise OperationalError("SELECT 1", {}, Exception("the server closed the connection"))
 
     with monkeypatch.context() as patch:
-        patch.setattr("tuner.work.worker.load_subject", away)
+        patch.setattr("tuner.work.evaluate.load_subject", away)
         assert worker.run_one()
     assert home.job(job).status == JobStatus.RUNNING
     worker.sweep()
@@ -870,7 +871,8 @@ def test_a_job_whose_database_went_away_is_taken_up_again(
 PROCESS = """
 import json, sys
 from pathlib import Path
-from tuner.work.worker import WorkerOptions, run_worker
+from tuner.work.workbench import WorkerOptions
+from tuner.work.worker import run_worker
 options = json.loads(sys.argv[1])
 for name in ("data", "model_dir"):
     options[name] = Path(options[name])
