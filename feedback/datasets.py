@@ -28,8 +28,6 @@ from sqlalchemy.orm import Session
 from feedback.curation.examples import ExampleKind, Feature, Side
 from feedback.curation.extractions import extract_all, list_extractions
 from feedback.curation.files import (
-    OPENAI,
-    TRL,
     FilesWriter,
     Spool,
     WrittenFile,
@@ -49,6 +47,9 @@ FOLDER = "datasets"
 
 MANIFEST_VERSION = 1
 ROWS_PER_WRITE = 500
+
+NO_ROWS: Mapping[str, int] = dict.fromkeys((*map(str, ExampleKind), str(Side.HOLDOUT)), 0)
+"""The counts of a data set without rows: examples by kind, and those that are held out."""
 
 Check = Callable[[], None]
 """Called between pages; what it raises ends the freeze."""
@@ -115,34 +116,6 @@ def list_dataset_files(session: Session, dataset_id: str) -> list[File]:
     """All files of a data set: both sides, both dialects."""
     statement = select(File).where(File.dataset_id == dataset_id)
     return list(session.scalars(statement.order_by(File.kind, File.side.desc(), File.dialect)))
-
-
-def describe_dataset(session: Session, dataset: Dataset) -> dict[str, Any]:
-    """The data set as the API shows it. A kind without rows has no file: null."""
-    files = list_dataset_files(session, dataset.id)
-
-    def find(side: Side, dialect: str, kinds: Collection[ExampleKind]) -> dict[str, str | None]:
-        found = {
-            file.kind: file.id for file in files if (file.side, file.dialect) == (side, dialect)
-        }
-        return {kind.value: found.get(kind.value) for kind in kinds}
-
-    return {
-        "id": dataset.id,
-        "object": "dataset",
-        "deployment": dataset.deployment,
-        "status": dataset.status,
-        "counts": {**_count([]), **dataset.counts},
-        "dropped": dataset.dropped,
-        "content_hash": dataset.content_hash,
-        "files": find(Side.TRAIN, TRL, tuple(ExampleKind)),
-        "holdout_files": find(Side.HOLDOUT, TRL, tuple(ExampleKind)),
-        "openai_files": find(Side.TRAIN, OPENAI, (ExampleKind.SUPERVISED, ExampleKind.PREFERENCE)),
-        "error": dataset.error,
-        "policy_hash": dataset.policy_hash,
-        "created_at": int(dataset.created_at.timestamp()),
-        "ready_at": None if dataset.ready_at is None else int(dataset.ready_at.timestamp()),
-    }
 
 
 def freeze(database: Database, dataset_id: str, *, data: Path, check: Check) -> Frozen:
@@ -388,7 +361,7 @@ def _lock_unfinished(session: Session, dataset_id: str) -> Dataset:
 
 
 def _count(chosen: Sequence[Chosen]) -> dict[str, int]:
-    counts = {kind.value: 0 for kind in ExampleKind} | {Side.HOLDOUT.value: 0}
+    counts = dict(NO_ROWS)
     for item in chosen:
         counts[item.feature.kind if item.side == Side.TRAIN else Side.HOLDOUT.value] += 1
     return counts

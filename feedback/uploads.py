@@ -195,6 +195,16 @@ def lock_upload(session: Session, file_id: str) -> File | None:
     return file
 
 
+def find_content(data: Path, row: File) -> Path | None:
+    """Where the file lies, None where nothing is there; below the directory that holds everything.
+
+    Also for the files of data sets.
+    """
+    root = data.resolve()
+    path = (root / row.path).resolve()
+    return path if path.is_relative_to(root) and path.is_file() else None
+
+
 def remove_content(data: Path, file_id: str) -> None:
     """Remove an upload's folder, once its row is gone."""
     shutil.rmtree(data / FOLDER / file_id, ignore_errors=True)

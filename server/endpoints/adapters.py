@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from fastapi import APIRouter
-from typing_extensions import TypedDict
 
 from server.access import visibility
 from server.endpoints.dependencies import CallerDep, ReadSession
-from server.endpoints.fields import unix
-from tuner.tables import Job
+from server.views.adapters import AdapterObject, view_adapter
 
 router = APIRouter(tags=["releases"])
-
-
-class AdapterObject(TypedDict):
-    """LoRA weights as the API shows them."""
-
-    id: str
-    object: Literal["adapter"]
-    content_hash: str
-    r: int
-    lora_alpha: float
-    target_modules: list[str]
-    base_model: str
-    base_revision: str
-    template_hash: str | None
-    bytes: int
-    origin: str
-    job_id: str | None
-    releases: list[str]
-    created_at: int
 
 
 @router.get("/admin/adapters/{adapter_id}")
 def get_adapter(adapter_id: str, caller: CallerDep, session: ReadSession) -> AdapterObject:
     """One adapter and the releases that answer with it."""
     row, releases = visibility.get_adapter(session, caller, adapter_id)
-    job = None if row.job_id is None else session.get(Job, row.job_id)
-    return {
-        "id": row.id,
-        "object": "adapter",
-        "content_hash": row.content_hash,
-        "r": row.r,
-        "lora_alpha": row.lora_alpha,
-        "target_modules": row.target_modules,
-        "base_model": row.base_model,
-        "base_revision": row.base_revision,
-        "template_hash": row.template_hash,
-        "bytes": row.bytes,
-        "origin": row.origin,
-        # The same weights may come of a job for another deployment.
-        "job_id": row.job_id if job is None or visibility.sees(caller, job.deployment) else None,
-        "releases": [release.name for release in releases],
-        "created_at": unix(row.created_at),
-    }
+    return view_adapter(session, caller, row, releases)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
-from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from feedback.comparisons import NewComparison, compare
-from feedback.tables import Comparison, Preferred
+from feedback.tables import Preferred
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.dependencies import CallerDep, GatewayDep
-from server.endpoints.feedback import Source, SourceObject, describe_teachings, person_of, user_of
-from server.endpoints.fields import Name, one_of, unix
+from server.endpoints.feedback import Source, person_of
+from server.endpoints.fields import Name
+from server.views.verdicts import ComparisonObject, view_comparison
 
 router = APIRouter(prefix="/v1/comparisons", tags=["feedback"], route_class=JsonRoute)
 
 Choice = Annotated[StrictInt, Field(ge=0, le=1_000)]
-
-_EXCHANGED = {Preferred.A: Preferred.B, Preferred.B: Preferred.A}
 
 
 class ComparisonCreate(Body):
@@ -37,23 +34,6 @@ class ComparisonCreate(Body):
         default=None, description="With a key for end users: whose comparison it is."
     )
     id: str | None = None
-
-
-class ComparisonObject(TypedDict):
-    """A comparison as it stands, in the order of the request."""
-
-    id: str
-    object: Literal["comparison"]
-    completion_ids: tuple[str, str]
-    choice_indexes: tuple[int, int]
-    preferred: Annotated[str, one_of(Preferred)] | None
-    comment: str | None
-    source: SourceObject
-    user: str
-    revision: int
-    teaches: str
-    created_at: int
-    updated_at: int
 
 
 @router.post(
@@ -81,26 +61,4 @@ def give_comparison(
     response.status_code = 201 if created else 200
     # What it teaches takes reading long texts: not while the write lock is held.
     with gateway.database.read() as session:
-        return _comparison(session, row, body)
-
-
-def _comparison(session: Session, row: Comparison, body: ComparisonCreate) -> ComparisonObject:
-    """In the order of the request; the row has its own."""
-    preferred = None if row.preferred is None else Preferred(row.preferred)
-    turned = (row.answer_a, row.choice_a) != (body.completion_ids[0], body.choice_indexes[0])
-    if turned and preferred is not None:
-        preferred = _EXCHANGED.get(preferred, preferred)
-    return {
-        "id": row.id,
-        "object": "comparison",
-        "completion_ids": body.completion_ids,
-        "choice_indexes": body.choice_indexes,
-        "preferred": preferred,
-        "comment": row.comment,
-        "source": {"type": row.source_type, "id": row.source_id},
-        "user": user_of(session, row.person_id),
-        "revision": row.revision,
-        "teaches": describe_teachings(session, [row])[row.id],
-        "created_at": unix(row.created_at),
-        "updated_at": unix(row.updated_at),
-    }
+        return view_comparison(session, row, body.completion_ids, body.choice_indexes)

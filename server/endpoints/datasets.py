@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from feedback import datasets
-from feedback.tables import DatasetStatus
 from server.access.keyring import Caller
 from server.access.visibility import (
     append_audit,
@@ -20,19 +18,17 @@ from server.access.visibility import (
     get_deployment,
     reach,
 )
-from server.deployments.policies import curation_policy
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
-from server.endpoints.fields import Limit, Name, Page, one_of, page
+from server.endpoints.fields import Limit, Name, WaitSeconds
 from server.endpoints.waiting import PENDING, wait_while_pending
 from server.gateway import Gateway
+from server.views.datasets import DatasetObject, view_dataset
+from server.views.objects import Page, page
+from tuner.policies import curation_policy
 from tuner.tuning import create_freeze_job
 
 router = APIRouter(prefix="/admin/datasets", tags=["data sets"], route_class=JsonRoute)
-
-WaitSeconds = Annotated[
-    float, Field(ge=0, le=600, description="How long the reply may wait for the work's end.")
-]
 
 
 class DatasetCreate(Body):
@@ -43,29 +39,9 @@ class DatasetCreate(Body):
     wait_seconds: WaitSeconds = 60
 
 
-class DatasetObject(TypedDict):
-    """What `feedback.datasets.describe_dataset` tells. A kind without rows has no file: null."""
-
-    id: str
-    object: Literal["dataset"]
-    deployment: str
-    status: Annotated[str, one_of(DatasetStatus)]
-    counts: dict[str, int]
-    dropped: dict[str, int]
-    content_hash: str | None
-    files: dict[str, str | None]
-    holdout_files: dict[str, str | None]
-    openai_files: dict[str, str | None]
-    error: str | None
-    policy_hash: str | None
-    created_at: int
-    ready_at: int | None
-
-
 @router.post(
     "",
     status_code=201,
-    response_model=DatasetObject,
     responses={202: {"model": DatasetObject, "description": "Still queued or running."}},
 )
 async def create_dataset(
@@ -74,39 +50,39 @@ async def create_dataset(
     response: Response,
     caller: CallerDep,
     gateway: GatewayDep,
-) -> dict[str, Any]:
+) -> DatasetObject:
     """Freeze what was judged so far; `failed` carries its reason."""
     dataset_id = await asyncio.to_thread(_create, gateway, caller, body)
 
-    def look(session: Session) -> dict[str, Any]:
-        return datasets.describe_dataset(session, datasets.get_dataset(session, dataset_id))
+    def look(session: Session) -> DatasetObject:
+        return view_dataset(session, datasets.get_dataset(session, dataset_id))
 
     found = await wait_while_pending(request, gateway, look, seconds=body.wait_seconds)
     response.status_code = 202 if found["status"] in PENDING else 201
     return found
 
 
-@router.get("", response_model=Page[DatasetObject])
+@router.get("")
 def list_datasets(
     caller: CallerDep,
     session: ReadSession,
     deployment: str | None = None,
     after: str | None = None,
     limit: Limit = 20,
-) -> Page[dict[str, Any]]:
+) -> Page[DatasetObject]:
     """Data sets, newest first."""
     if after is not None:
         get_dataset(session, caller, after, param="after")
     rows, has_more = datasets.list_datasets(
         session, deployments=reach(session, caller, deployment), after=after, limit=limit
     )
-    return page([datasets.describe_dataset(session, row) for row in rows], has_more)
+    return page([view_dataset(session, row) for row in rows], has_more)
 
 
-@router.get("/{dataset_id}", response_model=DatasetObject)
-def get_one_dataset(dataset_id: str, caller: CallerDep, session: ReadSession) -> dict[str, Any]:
+@router.get("/{dataset_id}")
+def get_one_dataset(dataset_id: str, caller: CallerDep, session: ReadSession) -> DatasetObject:
     """One data set: counts, what was dropped and why, its files."""
-    return datasets.describe_dataset(session, get_dataset(session, caller, dataset_id))
+    return view_dataset(session, get_dataset(session, caller, dataset_id))
 
 
 def _create(gateway: Gateway, caller: Caller, body: DatasetCreate) -> str:

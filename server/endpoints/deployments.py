@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from pydantic import Field, model_validator
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest, Conflict, Forbidden
 from server.access.keyring import Caller
-from server.access.scopes import Scope
 from server.access.visibility import append_audit, get_deployment, get_release, sees
 from server.chat.request import Bounded
 from server.deployments import promotion
-from server.deployments.policies import Policies, merge_policies
 from server.deployments.promotion import Move
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
-from server.endpoints.fields import Generation, Name, Note, Page, page, unix
+from server.endpoints.fields import Generation, Name, Note
 from server.gateway import Gateway
+from server.views.deployments import (
+    ChangedDeployment,
+    DeploymentObject,
+    EngineView,
+    view_deployment,
+)
+from server.views.objects import Page, page
 from tuner import releases
 from tuner.base_models import BaseModel
-from tuner.tables import Adapter, Deployment, Release
+from tuner.policies import merge_policies
+from tuner.tables import Adapter, Deployment
 
 router = APIRouter(prefix="/admin/deployments", tags=["deployments"], route_class=JsonRoute)
 
@@ -55,6 +59,26 @@ class SamplingDefaults(Part):
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
+
+
+class Policies(Part):
+    """What may be set: a field left out keeps its value, null returns to the default."""
+
+    curation: dict[str, Any] | None = Field(
+        default=None, description="Choices between a verdict and a training example."
+    )
+    system_prompt: Literal["prepend", "replace"] | None = Field(
+        default=None,
+        description="`prepend`: ours stands before a caller's own; `replace`: a caller's own wins.",
+    )
+    template_kwargs: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=32)]
+        | None
+    ) = Field(default=None, description="Keys of `chat_template_kwargs` that callers may set.")
+
+    def given(self) -> dict[str, Any]:
+        """What was sent, null too."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
 
 
 class DeploymentCreate(Body):
@@ -103,56 +127,6 @@ class Rollback(Body):
     note: Note | None = None
 
 
-class EngineObject(TypedDict):
-    """An engine, and the releases of the deployment that it can answer as."""
-
-    id: str
-    state: str
-    reason: str | None
-    adapter_slots: int  # that it has, where it says so and that is fewer than the settings'
-    releases: list[str]
-
-
-class DeploymentObject(TypedDict):
-    """A public model name: its roles and what it is set to."""
-
-    id: str
-    name: str
-    object: Literal["deployment"]
-    base_model: str
-    production: str
-    previous: str | None
-    canary: str | None
-    canary_percent: float
-    generation: int
-    rolled_back: bool
-    aliases: list[str]
-    system_prompt: str | None
-    sampling: dict[str, Any]
-    policies: dict[str, Any]
-    sources: list[str]
-    engines: list[EngineObject]
-    created_at: int
-
-
-class ChangedDeployment(DeploymentObject):
-    """A deployment after a change, and the release that its new prompt or sampling made."""
-
-    candidate: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineView:
-    """An engine at one moment. Taken in the event loop, which owns the fleet."""
-
-    id: str
-    state: str
-    reason: str | None
-    ready: bool
-    adapter_slots: int
-    loaded: frozenset[str]  #: engine names that are proven there
-
-
 async def view_engines(gateway: GatewayDep) -> list[EngineView]:
     """All engines as they are now."""
     return [
@@ -177,7 +151,7 @@ def list_deployments(
 ) -> Page[DeploymentObject]:
     """All deployments, by name."""
     rows = releases.list_deployments(session, names=caller.key.deployments)
-    return page([_deployment(session, caller, row, engines) for row in rows], False)
+    return page([view_deployment(session, caller, row, engines) for row in rows], False)
 
 
 @router.get("/{name}")
@@ -185,7 +159,7 @@ def get_one_deployment(
     name: str, caller: CallerDep, session: ReadSession, engines: EnginesDep
 ) -> DeploymentObject:
     """One deployment: its roles, its settings, and what its engines hold."""
-    return _deployment(session, caller, get_deployment(session, caller, name), engines)
+    return view_deployment(session, caller, get_deployment(session, caller, name), engines)
 
 
 @router.post("", status_code=201)
@@ -273,7 +247,7 @@ def _create(session: Session, gateway: Gateway, caller: Caller, body: Deployment
         system_prompt=body.system_prompt,
         sampling=body.sampling.to_json(),
         aliases=body.aliases,
-        policies=merge_policies({}, body.policies),
+        policies=merge_policies({}, body.policies.given()),
         created_by=caller.key.user,
     )
     count = session.scalar(select(func.count()).select_from(Deployment)) or 0
@@ -308,7 +282,7 @@ def _apply(
     if body.aliases is not None:
         releases.set_aliases(session, row.name, body.aliases)
     if body.policies is not None:
-        row.policies = merge_policies(row.policies, body.policies)
+        row.policies = merge_policies(row.policies, body.policies.given())
     production = releases.production_of(session, row)
     prompt, sampling = production.system_prompt, production.sampling
     if "system_prompt" in body.model_fields_set:
@@ -362,7 +336,7 @@ async def _show(gateway: Gateway, caller: Caller, name: str) -> DeploymentObject
     engines = await view_engines(gateway)
 
     def show(session: Session) -> DeploymentObject:
-        return _deployment(session, caller, get_deployment(session, caller, name), engines)
+        return view_deployment(session, caller, get_deployment(session, caller, name), engines)
 
     return await asyncio.to_thread(_read, gateway, show)
 
@@ -370,64 +344,3 @@ async def _show(gateway: Gateway, caller: Caller, name: str) -> DeploymentObject
 def _read(gateway: Gateway, look: Callable[[Session], Any]) -> Any:
     with gateway.database.read() as session:
         return look(session)
-
-
-def _deployment(
-    session: Session, caller: Caller, row: Deployment, engines: list[EngineView]
-) -> DeploymentObject:
-    production = releases.production_of(session, row)
-
-    def name_of(number: int | None) -> str | None:
-        return None if number is None else f"{row.name}@{number}"
-
-    return {
-        "name": row.name,
-        "id": row.name,
-        "object": "deployment",
-        "base_model": row.base_model,
-        "production": production.name,
-        "previous": name_of(row.previous),
-        "canary": name_of(row.canary),
-        "canary_percent": row.canary_percent,
-        "generation": row.generation,
-        "rolled_back": row.rolled_back,
-        "aliases": releases.list_aliases(session, row.name),
-        "system_prompt": production.system_prompt if caller.key.allows(Scope.CURATE) else None,
-        "sampling": production.sampling,
-        "policies": row.policies,
-        "sources": row.sources,
-        "engines": _engines(session, row, engines),
-        "created_at": unix(row.created_at),
-    }
-
-
-def _engines(session: Session, row: Deployment, engines: list[EngineView]) -> list[EngineObject]:
-    """Each engine with the releases of this deployment that it can serve.
-
-    They are those with a role, and all others whose adapter is loaded there.
-    """
-    roles = {number for number in (row.production, row.previous, row.canary) if number is not None}
-    loaded = {name for engine in engines for name in engine.loaded}
-    found = session.scalars(
-        select(Release)
-        .where(
-            Release.deployment == row.name,
-            Release.number.in_(roles) | Release.engine_name.in_(loaded),
-        )
-        .order_by(Release.number)
-    ).all()
-    return [
-        {
-            "id": engine.id,
-            "state": engine.state,
-            "reason": engine.reason,
-            "adapter_slots": engine.adapter_slots,
-            "releases": [
-                release.name
-                for release in found
-                if (engine.ready if release.adapter_id is None else False)
-                or release.engine_name in engine.loaded
-            ],
-        }
-        for engine in engines
-    ]

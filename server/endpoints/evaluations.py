@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from server.access.keyring import Caller
 from server.access.visibility import (
@@ -18,53 +16,21 @@ from server.access.visibility import (
     reach,
 )
 from server.endpoints.bodies import Body, JsonRoute
-from server.endpoints.datasets import WaitSeconds
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
-from server.endpoints.fields import Limit, Name, Page, one_of, page, unix
+from server.endpoints.fields import Limit, Name, WaitSeconds
 from server.endpoints.waiting import PENDING, wait_while_pending
 from server.gateway import Gateway
+from server.views.evaluations import EvaluationObject, view_evaluation
+from server.views.objects import Page, page
 from tuner.evaluation import evaluations
-from tuner.tables import Decision, Evaluation, Job, JobStatus
 
 router = APIRouter(prefix="/admin/evaluations", tags=["evaluations"], route_class=JsonRoute)
-
-Status = Literal["queued", "running", "finished", "failed"]
-
-_STATUS_OF_JOB: dict[JobStatus, Status] = {
-    JobStatus.QUEUED: "queued",
-    JobStatus.PAUSED: "queued",
-    JobStatus.RUNNING: "running",
-    JobStatus.SUCCEEDED: "finished",
-    JobStatus.FAILED: "failed",
-    JobStatus.CANCELLED: "failed",
-}
 
 
 class EvaluationCreate(Body):
     release: Name
     baseline: Name | None = None
     wait_seconds: WaitSeconds = 0
-
-
-class EvaluationObject(TypedDict):
-    """A comparison of a release with a baseline."""
-
-    id: str
-    object: Literal["evaluation"]
-    deployment: str
-    release: str
-    baseline: str
-    status: Status
-    decision: Annotated[str, one_of(Decision)] | None
-    reasons: list[str]
-    checks: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    error: str | None
-    dataset_id: str | None
-    job_id: str | None
-    created_by: str | None
-    created_at: int
-    finished_at: int | None
 
 
 @router.post(
@@ -83,7 +49,7 @@ async def create_evaluation(
     evaluation_id = await asyncio.to_thread(_create, gateway, caller, body)
 
     def look(session: Session) -> EvaluationObject:
-        return _evaluation(session, evaluations.get_evaluation(session, evaluation_id))
+        return view_evaluation(session, evaluations.get_evaluation(session, evaluation_id))
 
     found = await wait_while_pending(request, gateway, look, seconds=body.wait_seconds)
     response.status_code = 202 if found["status"] in PENDING else 201
@@ -111,7 +77,7 @@ def list_evaluations(
         after=after,
         limit=limit,
     )
-    return page([_evaluation(session, row) for row in rows], has_more)
+    return page([view_evaluation(session, row) for row in rows], has_more)
 
 
 @router.get("/{evaluation_id}")
@@ -119,7 +85,7 @@ def get_one_evaluation(
     evaluation_id: str, caller: CallerDep, session: ReadSession
 ) -> EvaluationObject:
     """One evaluation: the decision, its reasons, its checks with figures."""
-    return _evaluation(session, get_evaluation(session, caller, evaluation_id))
+    return view_evaluation(session, get_evaluation(session, caller, evaluation_id))
 
 
 def _create(gateway: Gateway, caller: Caller, body: EvaluationCreate) -> str:
@@ -144,29 +110,3 @@ def _create(gateway: Gateway, caller: Caller, body: EvaluationCreate) -> str:
             job=job.id,
         )
         return row.id
-
-
-def _evaluation(session: Session, row: Evaluation) -> EvaluationObject:
-    job = session.get(Job, row.job_id) if row.job_id is not None else None
-    if job is not None:
-        status = _STATUS_OF_JOB[JobStatus(job.status)]
-    else:
-        status = "failed" if row.error is not None else "finished"
-    return {
-        "id": row.id,
-        "object": "evaluation",
-        "deployment": row.deployment,
-        "release": row.release,
-        "baseline": row.baseline,
-        "status": status,
-        "decision": row.decision,
-        "reasons": row.reasons,
-        "checks": row.checks,
-        "metrics": row.metrics,
-        "error": row.error,
-        "dataset_id": row.dataset_id,
-        "job_id": row.job_id,
-        "created_by": row.created_by,
-        "created_at": unix(row.created_at),
-        "finished_at": unix(row.finished_at),
-    }

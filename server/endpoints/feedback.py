@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from pydantic import Field, StrictInt
 from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from feedback import judgements
 from feedback.answers import get_answer
-from feedback.curation.policy import Policy
-from feedback.curation.teaching import describe_all
-from feedback.datasets import what_became
 from feedback.errors import Forbidden, NotFound
 from feedback.judgements import NewJudgement
 from feedback.people import find_or_create_person, speaker_of, speaks_for
-from feedback.tables import Comparison, Judgement, JudgementKind, Person, SourceType
+from feedback.tables import JudgementKind, SourceType
 from server.access.keyring import Caller
 from server.access.tokens import Grant, sign
 from server.access.visibility import append_audit
-from server.deployments.policies import curation_policy
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
-from server.endpoints.fields import Deleted, Limit, Name, Page, one_of, page, unix
-from tuner.methods import TRAINED_KINDS
-from tuner.tables import Deployment
+from server.endpoints.fields import Limit, Name
+from server.views.objects import Deleted, Page, page
+from server.views.verdicts import (
+    FeedbackObject,
+    FeedbackWithHistory,
+    TokenObject,
+    view_feedback,
+    view_feedback_history,
+    view_one_feedback,
+    view_token,
+)
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"], route_class=JsonRoute)
 
@@ -69,58 +70,6 @@ class FeedbackCreate(Body):
     )
 
 
-class SourceObject(TypedDict):
-    type: Annotated[str, one_of(SourceType)]
-    id: str
-
-
-class FeedbackObject(TypedDict):
-    """A verdict as it stands."""
-
-    id: str
-    object: Literal["feedback"]
-    completion_id: str | None
-    conversation_id: str | None
-    choice_index: int
-    kind: Annotated[str, one_of(JudgementKind)]
-    value: Any
-    name: str
-    comment: str | None
-    reasons: list[str]
-    source: SourceObject
-    user: str
-    metadata: dict[str, str]
-    revision: int
-    teaches: str
-    created_at: int
-    updated_at: int
-
-
-class RevisionObject(TypedDict):
-    """What was said at one time."""
-
-    revision: int
-    value: Any
-    comment: str | None
-    reasons: list[str]
-    at: int
-
-
-class FeedbackWithHistory(FeedbackObject):
-    """A verdict, what was said before, and what became of it."""
-
-    became: dict[str, list[dict[str, Any]]]  # examples, datasets, drops
-    history: list[RevisionObject]
-
-
-class TokenObject(TypedDict):
-    """A feedback token. This reply alone shows it."""
-
-    object: Literal["feedback.token"]
-    token: str
-    expires_at: int
-
-
 @router.post(
     "",
     status_code=201,
@@ -141,7 +90,7 @@ def give_feedback(
     gateway.figures.judgements.add(body.kind, body.source.type)
     # What it teaches takes reading long texts: not while the write lock is held.
     with gateway.database.read() as session:
-        return _feedback(session, row)
+        return view_one_feedback(session, row)
 
 
 class TokenCreate(Body):
@@ -172,7 +121,7 @@ async def make_token(body: TokenCreate, caller: CallerDep, gateway: GatewayDep) 
             return sign(grant, gateway.signing.tokens)
 
     token = await asyncio.to_thread(sign_token)
-    return {"object": "feedback.token", "token": token, "expires_at": expires_at}
+    return view_token(token, expires_at)
 
 
 @router.get("")
@@ -195,7 +144,7 @@ def list_feedback(
         after=after,
         limit=limit,
     )
-    return page(_feedback_list(session, rows), has_more)
+    return page(view_feedback(session, rows), has_more)
 
 
 @router.get("/{judgement_id}")
@@ -206,20 +155,7 @@ def get_feedback(judgement_id: str, caller: CallerDep, session: ReadSession) -> 
     if grant is not None and row.answer_id != grant.answer_id:
         raise NotFound(f"no judgement {judgement_id!r} of yours is known", param="id")
     history = judgements.list_judgement_revisions(session, caller.viewer(), judgement_id)
-    return {
-        **_feedback(session, row),
-        "became": what_became(session, row.id),
-        "history": [
-            {
-                "revision": said.revision,
-                "value": said.value,
-                "comment": said.comment,
-                "reasons": said.reasons,
-                "at": unix(said.at),
-            }
-            for said in history
-        ],
-    }
+    return view_feedback_history(session, row, history)
 
 
 @router.delete("/{judgement_id}")
@@ -236,24 +172,6 @@ def person_of(session: Session, caller: Caller, end_user: str | None) -> str | N
     if end_user is None or not caller.key.end_users or caller.key.header_only:
         return None
     return find_or_create_person(session, caller.key.user, end_user).id
-
-
-def user_of(session: Session, person_id: str) -> str:
-    """The person's name as the caller knows it: the end user's name, else the key's user."""
-    person = session.get_one(Person, person_id)
-    return person.end_user or person.user
-
-
-def describe_teachings(
-    session: Session, verdicts: Sequence[Judgement | Comparison]
-) -> dict[str, str]:
-    """What each verdict teaches, in words, by its id."""
-
-    @cache
-    def find_policy(deployment: str) -> Policy:
-        return curation_policy(session.get(Deployment, deployment))
-
-    return describe_all(session, verdicts, find_policy, trained=TRAINED_KINDS)
 
 
 def _check_grant(grant: Grant, body: FeedbackCreate) -> None:
@@ -277,35 +195,3 @@ def _judgement(body: FeedbackCreate) -> NewJudgement:
         source_id=body.source.id,
         client_id=body.id,
     )
-
-
-def _feedback(session: Session, row: Judgement) -> FeedbackObject:
-    (shown,) = _feedback_list(session, [row])
-    return shown
-
-
-def _feedback_list(session: Session, rows: Sequence[Judgement]) -> list[FeedbackObject]:
-    teachings = describe_teachings(session, rows)
-    return [_show(session, row, teachings[row.id]) for row in rows]
-
-
-def _show(session: Session, row: Judgement, teaches: str) -> FeedbackObject:
-    return {
-        "id": row.id,
-        "object": "feedback",
-        "completion_id": row.answer_id,
-        "conversation_id": row.conversation_id,
-        "choice_index": row.choice_index,
-        "kind": row.kind,
-        "value": row.value,
-        "name": row.name,
-        "comment": row.comment,
-        "reasons": row.reasons,
-        "source": {"type": row.source_type, "id": row.source_id},
-        "user": user_of(session, row.person_id),
-        "metadata": row.metadata_,
-        "revision": row.revision,
-        "teaches": teaches,
-        "created_at": unix(row.created_at),
-        "updated_at": unix(row.updated_at),
-    }

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from sqlalchemy import or_, select, true
-from typing_extensions import TypedDict
 
 from feedback import uploads
 from feedback.errors import BadRequest, Conflict, NotFound
@@ -28,11 +27,12 @@ from server.access.keyring import Caller
 from server.access.visibility import append_audit, get_file, sees_all_uploads
 from server.chat.request import IGNORED_HEADER
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
-from server.endpoints.fields import Deleted, Page, page, unix
 from server.endpoints.multipart import Form, receive_form
 from server.gateway import Gateway
 from server.http.intake import READERS
 from server.settings import GatewaySettings
+from server.views.files import FileObject, view_file
+from server.views.objects import Deleted, Page, page
 from tuner.evaluation.evaluations import find_evaluation_on
 from tuner.tuning import find_job_on
 
@@ -65,24 +65,6 @@ _FORM = {
         "expires_after[seconds]": {"type": "string", "description": "Ignored: files are kept."},
     },
 }
-
-
-class FileObject(TypedDict):
-    """A file's facts."""
-
-    id: str
-    object: Literal["file"]
-    bytes: int
-    created_at: int
-    filename: str
-    purpose: str
-    status: Literal["processed", "error"]
-    status_details: str | None
-    rows: int
-    kind: str | None
-    side: str | None
-    dataset_id: str | None
-    sha256: str
 
 
 @router.post(
@@ -134,7 +116,7 @@ def list_files(
     by = File.id.asc() if order == "asc" else File.id.desc()
     rows = session.scalars(query.order_by(by).limit(limit + 1)).all()
     data = gateway.settings.data
-    return page([_file(row, data) for row in rows[:limit]], len(rows) > limit)
+    return page([view_file(row, data) for row in rows[:limit]], len(rows) > limit)
 
 
 @router.get("/{file_id}")
@@ -142,7 +124,7 @@ def get_one_file(
     file_id: str, caller: CallerDep, session: ReadSession, gateway: GatewayDep
 ) -> FileObject:
     """One file's facts."""
-    return _file(get_file(session, caller, file_id), gateway.settings.data)
+    return view_file(get_file(session, caller, file_id), gateway.settings.data)
 
 
 @router.delete("/{file_id}")
@@ -183,16 +165,10 @@ def get_content(
 
 def _locate(data: Path, row: File) -> Path:
     """Where the file lies. Raises NotFound where it is not below the data directory."""
-    path = _find_content(data, row)
+    path = uploads.find_content(data, row)
     if path is None:
         raise NotFound(f"the content of {row.id!r} is no longer there", code="content_missing")
     return path
-
-
-def _find_content(data: Path, row: File) -> Path | None:
-    root = data.resolve()
-    path = (root / row.path).resolve()
-    return path if path.is_relative_to(root) and path.is_file() else None
 
 
 def _begin(gateway: Gateway, user: str) -> Incoming:
@@ -298,23 +274,4 @@ def _record(gateway: Gateway, caller: Caller, upload: Upload) -> FileObject:
             sha256=upload.sha256,
             original_sha256=upload.original_sha256,
         )
-        return _file(row, gateway.settings.data)
-
-
-def _file(row: File, data: Path) -> FileObject:
-    there = _find_content(data, row) is not None
-    return {
-        "id": row.id,
-        "object": "file",
-        "bytes": row.bytes,
-        "created_at": unix(row.created_at),
-        "filename": row.filename,
-        "purpose": row.purpose,
-        "status": "processed" if there else "error",
-        "status_details": None if there else "its content is no longer on disk",
-        "rows": row.rows,
-        "kind": row.kind,
-        "side": row.side,
-        "dataset_id": row.dataset_id,
-        "sha256": row.sha256,
-    }
+        return view_file(row, gateway.settings.data)

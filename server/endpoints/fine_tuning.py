@@ -6,13 +6,11 @@ candidate, never production.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired, cast
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
-from sqlalchemy import select
 from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from feedback.errors import BadRequest
 from server.access.keyring import Caller
@@ -28,19 +26,27 @@ from server.chat.request import IGNORED_HEADER, Metadata
 from server.chat.routing import unknown_model
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
-from server.endpoints.fields import Name, Page, one_of, page, unix
+from server.endpoints.fields import Name
 from server.gateway import Gateway
+from server.views.objects import Page, page
+from server.views.tuning_jobs import (
+    TuningCheckpoint,
+    TuningEvent,
+    TuningJob,
+    view_checkpoint,
+    view_event,
+    view_tuning_job,
+)
 from tuner import jobs
 from tuner.methods import (
     AUTO,
     HYPERPARAMETERS,
     IMPLEMENTED,
     Method,
-    list_shown,
     name_implemented,
 )
 from tuner.releases import find_deployment_by_model
-from tuner.tables import Deployment, Job, JobEvent, JobKind, JobStatus, Release
+from tuner.tables import Deployment, JobKind
 from tuner.tuning import LONGEST_SUFFIX, create_tuning_job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=JsonRoute)
@@ -83,77 +89,6 @@ class JobCreate(Body):
     integrations: Annotated[list[dict[str, Any]], Field(max_length=16)] | None = Field(
         default=None, description="Ignored: nothing is sent to other services."
     )
-
-
-class MethodUsed(TypedDict):
-    """The method, and its hyperparameters under its own name."""
-
-    type: Annotated[str, one_of(Method)]
-    supervised: NotRequired[dict[str, Any]]
-    dpo: NotRequired[dict[str, Any]]
-
-
-class TuningError(TypedDict):
-    code: str | None
-    message: str | None
-    param: str | None
-
-
-class TuningJob(TypedDict):
-    """OpenAI's `fine_tuning.job`."""
-
-    id: str
-    object: Literal["fine_tuning.job"]
-    model: str | None
-    created_at: int
-    finished_at: int | None
-    fine_tuned_model: str | None
-    organization_id: str
-    result_files: list[str]
-    status: Annotated[str, one_of(JobStatus)]
-    training_file: str | None
-    validation_file: str | None
-    hyperparameters: dict[str, Any]
-    method: MethodUsed
-    trained_tokens: int | None
-    error: TuningError | None
-    user_provided_suffix: str | None
-    seed: int
-    estimated_finish: int | None
-    integrations: list[Any]
-    metadata: dict[str, str] | None
-
-
-class TuningEvent(TypedDict):
-    """OpenAI's `fine_tuning.job.event`."""
-
-    id: str
-    object: Literal["fine_tuning.job.event"]
-    created_at: int
-    level: Annotated[str, Field(json_schema_extra={"enum": ["info", "warn", "error"]})]
-    message: str
-    type: Literal["message", "metrics"]
-    data: dict[str, Any]
-
-
-class CheckpointMetrics(TypedDict):
-    """Figures of a step, as far as they were told; OpenAI's other ones are not measured."""
-
-    step: int | None
-    train_loss: float | None
-    full_valid_loss: float | None
-
-
-class TuningCheckpoint(TypedDict):
-    """OpenAI's `fine_tuning.job.checkpoint`."""
-
-    id: str
-    object: Literal["fine_tuning.job.checkpoint"]
-    created_at: int
-    fine_tuned_model_checkpoint: None
-    fine_tuning_job_id: str
-    step_number: int | None
-    metrics: CheckpointMetrics
 
 
 @router.post("")
@@ -209,7 +144,7 @@ def create_job(
         training_file=body.training_file,
         validation_file=validation_file,
     )
-    return _job(session, job)
+    return view_tuning_job(session, job)
 
 
 @router.get("")
@@ -232,13 +167,13 @@ def list_jobs(
         after=after,
         limit=limit,
     )
-    return page([_job(session, row) for row in rows], has_more)
+    return page([view_tuning_job(session, row) for row in rows], has_more)
 
 
 @router.get("/{job_id}")
 def get_one_job(job_id: str, caller: CallerDep, session: ReadSession) -> TuningJob:
     """One tuning job."""
-    return _job(session, get_job(session, caller, job_id, kind=JobKind.TUNE))
+    return view_tuning_job(session, get_job(session, caller, job_id, kind=JobKind.TUNE))
 
 
 @router.post("/{job_id}/cancel")
@@ -247,7 +182,7 @@ def cancel_job(job_id: str, caller: CallerDep, session: WriteSession) -> TuningJ
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     job = jobs.request_cancel(session, job_id)
     append_audit(session, caller, "job_cancelled", job.id, deployment=job.deployment)
-    return _job(session, job)
+    return view_tuning_job(session, job)
 
 
 @router.post("/{job_id}/pause")
@@ -256,7 +191,7 @@ def pause_job(job_id: str, caller: CallerDep, session: WriteSession) -> TuningJo
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     job = jobs.request_pause(session, job_id)
     append_audit(session, caller, "job_paused", job.id, deployment=job.deployment)
-    return _job(session, job)
+    return view_tuning_job(session, job)
 
 
 @router.post("/{job_id}/resume")
@@ -265,7 +200,7 @@ def resume_job(job_id: str, caller: CallerDep, session: WriteSession) -> TuningJ
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     job = jobs.resume(session, job_id)
     append_audit(session, caller, "job_resumed", job.id, deployment=job.deployment)
-    return _job(session, job)
+    return view_tuning_job(session, job)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -279,7 +214,7 @@ def list_checkpoints(
     """Steps at which the run was saved, newest first. They serve to resume it, not to answer."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     rows, has_more = jobs.list_checkpoints(session, job_id, after=after, limit=limit)
-    return page([_checkpoint(row, figures) for row, figures in rows], has_more)
+    return page([view_checkpoint(row, figures) for row, figures in rows], has_more)
 
 
 @router.get("/{job_id}/events")
@@ -293,7 +228,7 @@ def list_events(
     """What happened in it, newest first."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
     rows, has_more = jobs.list_events(session, job_id, after=after, limit=limit)
-    return page([_event(row) for row in rows], has_more)
+    return page([view_event(row) for row in rows], has_more)
 
 
 def _find_deployment(session: Session, gateway: Gateway, caller: Caller, model: str) -> Deployment:
@@ -337,83 +272,4 @@ def _without_auto(given: dict[str, Any] | None) -> dict[str, Any]:
         name: value
         for name, value in (given or {}).items()
         if name not in HYPERPARAMETERS or value not in (AUTO, None)
-    }
-
-
-def _job(session: Session, row: Job) -> TuningJob:
-    given = row.spec.get("hyperparameters", {})
-    method = Method(row.method or Method.SUPERVISED)
-    shown = {name: given.get(name, AUTO) for name in list_shown(method)}
-    used = {"type": method, str(method): {"hyperparameters": {**shown, **given}}}
-    ended = row.status in jobs.ENDED
-    return {
-        "id": row.id,
-        "object": "fine_tuning.job",
-        "model": row.deployment,
-        "created_at": unix(row.created_at),
-        "finished_at": unix(row.finished_at),
-        "fine_tuned_model": _release_of(session, row),
-        "organization_id": "burnish",
-        "result_files": [],
-        "status": row.status,
-        "training_file": row.spec.get("training_file"),
-        "validation_file": row.spec.get("validation_file"),
-        "hyperparameters": {name: given.get(name, AUTO) for name in list_shown()},
-        "method": cast(MethodUsed, used),
-        "trained_tokens": row.result.get("trained_tokens") if ended else None,
-        "error": _error(row),
-        "user_provided_suffix": row.spec.get("suffix"),
-        "seed": row.spec.get("seed", 0),
-        "estimated_finish": None,
-        "integrations": [],
-        "metadata": row.spec.get("metadata"),
-    }
-
-
-def _error(row: Job) -> TuningError | None:
-    if row.status != JobStatus.FAILED:
-        return None
-    return {"code": row.error_code, "message": row.error_message, "param": None}
-
-
-def _release_of(session: Session, row: Job) -> str | None:
-    """The release that the job made, None unless it succeeded.
-
-    It is the first one that names the job; later ones have its adapter with another prompt.
-    """
-    if row.status != JobStatus.SUCCEEDED:
-        return None
-    query = select(Release.name).where(
-        Release.deployment == row.deployment, Release.job_id == row.id
-    )
-    return session.scalar(query.order_by(Release.number).limit(1))
-
-
-def _event(row: JobEvent) -> TuningEvent:
-    return {
-        "id": row.id,
-        "object": "fine_tuning.job.event",
-        "created_at": unix(row.created_at),
-        "level": row.level,
-        "message": row.message,
-        # OpenAI has these two.
-        "type": "metrics" if row.type in ("metrics", "validation") else "message",
-        "data": row.data,
-    }
-
-
-def _checkpoint(row: JobEvent, figures: dict[str, Any]) -> TuningCheckpoint:
-    step = row.data.get("step")
-    return {
-        "id": row.id,
-        "object": "fine_tuning.job.checkpoint",
-        "created_at": unix(row.created_at),
-        "fine_tuned_model_checkpoint": None,
-        "fine_tuning_job_id": row.job_id,
-        "step_number": step,
-        "metrics": {
-            "step": step,
-            "train_loss": figures.get("loss"),
-            "full_valid_loss": figures.get("full_valid_loss"),
-        },
     }

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
 from fastapi import APIRouter
-from typing_extensions import TypedDict
 
 from server.access.visibility import get_job, reach
 from server.endpoints.dependencies import CallerDep, ReadSession
-from server.endpoints.fields import Limit, Page, one_of, page, unix
+from server.endpoints.fields import Limit
+from server.views.jobs import JobObject, view_job
+from server.views.objects import Page, page
 from tuner.jobs import list_jobs
-from tuner.methods import Method
-from tuner.tables import Job, JobKind, JobStatus
+from tuner.tables import JobKind, JobStatus
 
 router = APIRouter(prefix="/admin/jobs", tags=["jobs"])
-
-
-class JobError(TypedDict):
-    code: str | None
-    message: str
-
-
-class JobObject(TypedDict):
-    """Work in the background."""
-
-    id: str
-    object: Literal["job"]
-    kind: Annotated[str, one_of(JobKind)]
-    status: Annotated[str, one_of(JobStatus)]
-    method: Annotated[str, one_of(Method)] | None
-    deployment: str | None
-    spec: dict[str, Any]
-    result: dict[str, Any]
-    error: JobError | None
-    attempt: int
-    cancel_requested: bool
-    created_by: str | None
-    created_at: int
-    started_at: int | None
-    finished_at: int | None
 
 
 @router.get("")
@@ -63,31 +36,10 @@ def list_all_jobs(
         after=after,
         limit=limit,
     )
-    return page([_job(row) for row in rows], has_more)
+    return page([view_job(row) for row in rows], has_more)
 
 
 @router.get("/{job_id}")
 def get_one_job(job_id: str, caller: CallerDep, session: ReadSession) -> JobObject:
     """One job with what came of it."""
-    return _job(get_job(session, caller, job_id))
-
-
-def _job(row: Job) -> JobObject:
-    message = row.error_message
-    return {
-        "id": row.id,
-        "object": "job",
-        "kind": row.kind,
-        "status": row.status,
-        "method": row.method,
-        "deployment": row.deployment,
-        "spec": row.spec,
-        "result": row.result,
-        "error": None if message is None else {"code": row.error_code, "message": message},
-        "attempt": row.attempt,
-        "cancel_requested": row.cancel_requested,
-        "created_by": row.created_by,
-        "created_at": unix(row.created_at),
-        "started_at": unix(row.started_at),
-        "finished_at": unix(row.finished_at),
-    }
+    return view_job(get_job(session, caller, job_id))

@@ -12,7 +12,6 @@ from fastapi import APIRouter
 from pydantic import Field, StrictInt
 from sqlalchemy import select
 from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from feedback.errors import Conflict, Forbidden, NotFound
 from server.access.keyring import Caller
@@ -21,9 +20,11 @@ from server.access.scopes import Scope
 from server.access.visibility import append_audit, get_deployment
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
-from server.endpoints.fields import Limit, Name, Page, one_of, page, unix
+from server.endpoints.fields import Limit, Name
 from server.gateway import Gateway
 from server.tables import Key
+from server.views.keys import KeyObject, NewKey, view_key
+from server.views.objects import Page, page
 
 router = APIRouter(prefix="/admin/keys", tags=["administration"], route_class=JsonRoute)
 
@@ -54,30 +55,6 @@ class KeyCreate(Body):
     name: Name | None = None
 
 
-class KeyObject(TypedDict):
-    """A key without its text, which is kept nowhere."""
-
-    id: str
-    object: Literal["key"]
-    user: str
-    name: str | None
-    scopes: list[Annotated[str, one_of(Scope)]]
-    deployments: list[str] | None
-    end_users: bool
-    header_only: bool
-    limits: dict[str, int | None]
-    created_by: str | None
-    created_by_key: str | None
-    created_at: int
-    revoked_at: int | None
-
-
-class NewKey(KeyObject):
-    """A key that was just made. This reply alone shows its text: null when it is repeated."""
-
-    key: str | None
-
-
 @router.post("", status_code=201)
 async def create(body: KeyCreate, caller: CallerDep, gateway: GatewayDep) -> NewKey:
     """Make a key. The reply alone shows it."""
@@ -94,7 +71,7 @@ def list_keys(
     rows = [row for row in _in_force(session) if _sees(caller, row)]
     if after is not None:
         rows = [row for row in rows if row.id < after]
-    return page([_key(row) for row in rows[:limit]], len(rows) > limit)
+    return page([view_key(row) for row in rows[:limit]], len(rows) > limit)
 
 
 @router.delete("/{key_id}")
@@ -140,7 +117,7 @@ def _create(gateway: Gateway, caller: Caller, body: KeyCreate) -> NewKey:
             header_only=row.header_only,
             limits=row.limits,
         )
-        return {**_key(row), "key": token}
+        return {**view_key(row), "key": token}
 
 
 def _check_user(session: Session, caller: Caller, user: str) -> None:
@@ -170,7 +147,7 @@ def _revoke(gateway: Gateway, caller: Caller, key_id: str) -> KeyObject:
             )
         row = revoke_key(session, row.id)
         append_audit(session, caller, "key_revoked", row.id, user=row.user)
-        return _key(row)
+        return view_key(row)
 
 
 def _in_force(session: Session, *, hold: bool = False) -> list[Key]:
@@ -188,21 +165,3 @@ def _sees(caller: Caller, row: Key) -> bool:
 
 def _rules_all(row: Key) -> bool:
     return Scope.ADMIN in row.scopes and row.deployments is None
-
-
-def _key(row: Key) -> KeyObject:
-    return {
-        "id": row.id,
-        "object": "key",
-        "user": row.user,
-        "name": row.name,
-        "scopes": row.scopes,
-        "deployments": row.deployments,
-        "end_users": row.end_users,
-        "header_only": row.header_only,
-        "limits": row.limits or {},
-        "created_by": row.created_by,
-        "created_by_key": row.created_by_key,
-        "created_at": unix(row.created_at),
-        "revoked_at": unix(row.revoked_at),
-    }

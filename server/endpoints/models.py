@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
-
 from fastapi import APIRouter
-from typing_extensions import TypedDict
 
 from server.chat.directory import load_release
 from server.chat.routing import Snapshot, check_model, list_names, unknown_model
 from server.endpoints.dependencies import CallerDep, GatewayDep
+from server.views.models import ModelList, ModelObject, view_model, view_models
 from tuner.tables import ReleaseState
 
 router = APIRouter(tags=["models"])
-
-
-class ModelObject(TypedDict):
-    """What a caller may name as `model`."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    parent: NotRequired[str]  # of a release: its deployment
-
-
-class ModelList(TypedDict):
-    """OpenAI's list of models, which has no pages."""
-
-    object: Literal["list"]
-    data: list[ModelObject]
-
-
-def _model(name: str) -> ModelObject:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "burnish"}
 
 
 def _names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]:
@@ -46,11 +23,7 @@ def _names(snapshot: Snapshot, allowed: tuple[str, ...] | None) -> list[str]:
 @router.get("/v1/models")
 async def list_models(caller: CallerDep, gateway: GatewayDep) -> ModelList:
     """Deployments, their aliases, and the base."""
-    snapshot = gateway.directory.snapshot
-    return {
-        "object": "list",
-        "data": [_model(name) for name in _names(snapshot, caller.key.deployments)],
-    }
+    return view_models(_names(gateway.directory.snapshot, caller.key.deployments))
 
 
 @router.get("/v1/models/{model:path}")
@@ -59,7 +32,7 @@ def get_model(model: str, caller: CallerDep, gateway: GatewayDep) -> ModelObject
     snapshot, allowed = gateway.directory.snapshot, caller.key.deployments
     check_model(snapshot, model, allowed)
     if "@" not in model:
-        return _model(model)
+        return view_model(model)
     if len(model) <= 128 and "\x00" not in model:
         with gateway.database.read() as session:
             release = load_release(session, model)
@@ -68,5 +41,5 @@ def get_model(model: str, caller: CallerDep, gateway: GatewayDep) -> ModelObject
             ReleaseState.FAILED,
         )
         if release is not None and alive:
-            return {**_model(model), "parent": release.deployment}
+            return view_model(model, parent=release.deployment)
     raise unknown_model(model, snapshot, allowed)

@@ -2,7 +2,7 @@
 
 Owns: which errors a route can give, the one shape of them all, who may call what, and the replies
 of the two completion routes, which build theirs by hand. Does not own: the shapes of other replies
-and of bodies, which stand beside their routes.
+(`server/views`) and of bodies, which stand beside their routes.
 """
 
 from __future__ import annotations

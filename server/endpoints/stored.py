@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NotRequired
+from collections.abc import Mapping
+from typing import Literal
 
 from fastapi import APIRouter, Request
-from pydantic import ConfigDict, with_config
 from sqlalchemy.orm import Session
-from typing_extensions import TypedDict
 
 from feedback import answers
-from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest, NotFound
 from feedback.people import Viewer, speaks_for
-from feedback.tables import Answer, AnswerKind, AnswerStatus, AnswerText
+from feedback.tables import Answer, AnswerKind
 from feedback.verdicts import MAX_METADATA_PAIRS
 from server.access.keyring import Caller
 from server.access.visibility import append_audit
 from server.chat.request import Metadata
 from server.endpoints.bodies import Body, JsonRoute
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
-from server.endpoints.fields import Deleted, Limit, Page, one_of, page
+from server.endpoints.fields import Limit
 from server.http import idempotency
+from server.views.completions import (
+    SentMessage,
+    StoredCompletion,
+    view_completion,
+    view_completions,
+    view_sent_messages,
+)
+from server.views.objects import Deleted, Page, page
 
 router = APIRouter(
     prefix="/v1/chat/completions", tags=["stored completions"], route_class=JsonRoute
@@ -31,58 +36,6 @@ router = APIRouter(
 
 class MetadataUpdate(Body):
     metadata: Metadata | None
-
-
-class StoredMessage(TypedDict):
-    """An answer's message, as OpenAI has it."""
-
-    role: str
-    content: str | None
-    refusal: None
-    tool_calls: NotRequired[list[dict[str, Any]]]
-
-
-class StoredChoice(TypedDict):
-    index: int
-    message: StoredMessage
-    finish_reason: str
-    logprobs: None  # they are not kept
-
-
-class StoredUsage(TypedDict):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class StoredCompletion(TypedDict):
-    """A stored chat completion; `status` is ours: OpenAI keeps complete ones only."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[StoredChoice]
-    usage: StoredUsage
-    metadata: dict[str, str]
-    tools: list[dict[str, Any]] | None
-    request_id: str
-    status: Annotated[str, one_of(AnswerStatus)]
-    temperature: float | None
-    top_p: float | None
-    seed: int | None
-    response_format: dict[str, Any] | None
-    tool_choice: str | dict[str, Any] | None
-
-
-@with_config(ConfigDict(extra="allow"))
-class SentMessage(TypedDict):
-    """A message as the caller sent it, with an id of ours; further fields are the caller's."""
-
-    id: str
-    role: str
-    content: NotRequired[Any]
-    content_parts: NotRequired[list[dict[str, Any]]]  # where it was sent in parts
 
 
 _METADATA_FILTER = {
@@ -115,14 +68,13 @@ def list_stored(
         limit=limit,
         descending=order == "desc",
     )
-    return page([_completion(*item) for item in _with_texts(session, rows)], has_more)
+    return page(view_completions(session, rows), has_more)
 
 
 @router.get("/{completion_id}")
 def get_stored(completion_id: str, caller: CallerDep, session: ReadSession) -> StoredCompletion:
     """One stored completion."""
-    answer = _get(session, completion_id, caller.viewer())
-    return _completion(*next(iter(_with_texts(session, [answer]))))
+    return view_completion(session, _get(session, completion_id, caller.viewer()))
 
 
 @router.post("/{completion_id}")
@@ -134,7 +86,7 @@ def update_stored(
     answers.set_metadata(session, answer, body.metadata or {})
     session.flush()
     _note_foreign(session, caller, "answer_changed", answer)
-    return _completion(*next(iter(_with_texts(session, [answer]))))
+    return view_completion(session, answer)
 
 
 @router.delete("/{completion_id}")
@@ -153,7 +105,7 @@ def delete_stored(completion_id: str, caller: CallerDep, gateway: GatewayDep) ->
     return {"object": "chat.completion.deleted", "id": completion_id, "deleted": True}
 
 
-@router.get("/{completion_id}/messages", response_model=Page[SentMessage])
+@router.get("/{completion_id}/messages")
 def list_messages(
     completion_id: str,
     caller: CallerDep,
@@ -161,13 +113,9 @@ def list_messages(
     after: str | None = None,
     limit: Limit = 20,
     order: Literal["asc", "desc"] = "asc",
-) -> Page[dict[str, Any]]:
+) -> Page[SentMessage]:
     """The messages that the caller sent."""
-    text = answers.get_text(session, _get(session, completion_id, caller.viewer()))
-    rows = [
-        {"id": f"{completion_id}-{index}", **_sent(message)}
-        for index, message in enumerate(m for m in text.messages if not m.get(OURS))
-    ]
+    rows = view_sent_messages(session, _get(session, completion_id, caller.viewer()))
     if order == "desc":
         rows.reverse()
     if after is not None:
@@ -178,14 +126,6 @@ def list_messages(
             )
         rows = rows[ids.index(after) + 1 :]
     return page(rows[:limit], len(rows) > limit)
-
-
-def _sent(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As OpenAI shows a message: its text, and apart from it the parts that it was sent in."""
-    parts = message.get("content")
-    if not isinstance(parts, list):
-        return message
-    return {**message, "content": text_of(parts), "content_parts": parts}
 
 
 def _note_foreign(session: Session, caller: Caller, action: str, answer: Answer) -> None:
@@ -201,55 +141,6 @@ def _get(session: Session, completion_id: str, viewer: Viewer) -> Answer:
             f"no stored chat completion {completion_id!r} of yours", param="completion_id"
         )
     return answer
-
-
-def _with_texts(
-    session: Session, rows: Sequence[Answer]
-) -> list[tuple[Answer, AnswerText | None, dict[str, str]]]:
-    pairs = answers.get_metadata(session, [row.id for row in rows])
-    return [(row, session.get(AnswerText, row.id), pairs[row.id]) for row in rows]
-
-
-def _completion(
-    answer: Answer, text: AnswerText | None, metadata: Mapping[str, str]
-) -> StoredCompletion:
-    choices = (text.choices if text is not None else None) or []
-    sampling = answer.sampling
-    prompt, completion = answer.prompt_tokens or 0, answer.completion_tokens or 0
-    return {
-        "id": answer.id,
-        "object": "chat.completion",
-        "created": int(answer.started_at.timestamp()),
-        "model": answer.release,
-        "choices": [_choice(choice) for choice in choices],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        },
-        "metadata": dict(metadata),
-        "tools": text.tools if text is not None else None,
-        "request_id": answer.id.partition("-")[2],
-        "status": answer.status,
-        "temperature": sampling.get("temperature"),
-        "top_p": sampling.get("top_p"),
-        "seed": sampling.get("seed"),
-        "response_format": sampling.get("response_format"),
-        "tool_choice": sampling.get("tool_choice"),
-    }
-
-
-def _choice(kept: Mapping[str, Any]) -> StoredChoice:
-    said = kept["message"]
-    message: StoredMessage = {"role": said["role"], "content": said["content"], "refusal": None}
-    if "tool_calls" in said:
-        message["tool_calls"] = said["tool_calls"]
-    return {
-        "index": kept["index"],
-        "message": message,
-        "finish_reason": kept["finish_reason"] or "stop",
-        "logprobs": None,
-    }
 
 
 def _metadata_filter(query: Mapping[str, str]) -> dict[str, str]:

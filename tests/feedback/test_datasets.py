@@ -22,7 +22,6 @@ from feedback.curation.policy import Policy
 from feedback.datasets import (
     Frozen,
     create_dataset,
-    describe_dataset,
     finish_freeze,
     freeze,
     get_dataset,
@@ -46,6 +45,7 @@ from feedback.tables import (
     Judgement,
     Person,
 )
+from server.views.datasets import view_dataset
 from tests.feedback.record import ALL_TRAIN, ask, end, make_viewer, turns
 from tuner.evaluation.holdout import Holdout, HoldoutFiles
 from tuner.training.data import read_rows as read_for_training
@@ -139,7 +139,7 @@ def build(
     dataset_id = create(database, policy, deployment)
     frozen = freeze(database, dataset_id, data=data, check=lambda: None)
     with database.write() as session:
-        return describe_dataset(session, finish_freeze(session, dataset_id, frozen))
+        return view_dataset(session, finish_freeze(session, dataset_id, frozen))
 
 
 def read_manifest(data: Path, dataset_id: str) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def test_it_is_shown_as_the_api_promises(database: Database, tmp_path: Path) -> 
         rate(session, ana, ask(session, ana), "Drops that a cloud lets go", "correction")
     waiting = create(database, ALL_TRAIN)
     with database.read() as session:
-        before = describe_dataset(session, get_dataset(session, waiting))
+        before = view_dataset(session, get_dataset(session, waiting))
     assert before["status"] == "queued"
     assert before["counts"] == {"supervised": 0, "preference": 0, "labelled": 0, "holdout": 0}
     assert before["files"] == {"supervised": None, "preference": None, "labelled": None}
@@ -348,7 +348,7 @@ def test_a_freeze_that_is_ended_anywhere_leaves_nothing_and_begins_anew(
             assert list((tmp_path / "datasets").iterdir()) == []
     assert attempts > 5
     with database.write() as session:
-        shown = describe_dataset(session, finish_freeze(session, dataset_id, frozen))
+        shown = view_dataset(session, finish_freeze(session, dataset_id, frozen))
     for key in ("content_hash", "counts", "dropped"):
         assert shown[key] == expected[key]
 

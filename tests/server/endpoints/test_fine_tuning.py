@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from feedback.tables import Dataset
-from server.endpoints.fine_tuning import MethodChoice, MethodUsed
+from server.endpoints.fine_tuning import MethodChoice
+from server.views.tuning_jobs import MethodUsed
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer, add_dataset, add_deployment
 from tuner import jobs
