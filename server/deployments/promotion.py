@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from feedback.db import now
-from feedback.errors import BadRequest, Conflict, NotFound
+from feedback.errors import Conflict, NotFound
 from server.access.visibility import append_audit_of
 from server.chat.directory import load_release
 from server.chat.routing import ReleaseView
@@ -255,13 +255,3 @@ def _commit_rollback(gateway: Gateway, deployment: str, move: Move) -> Deploymen
             session, move.actor, move.key_id, "rollback", f"{deployment}@{row.production}", details
         )
         return row
-
-
-def check_base_serves(gateway: Gateway, base_model: str) -> None:
-    """Raises BadRequest unless the engines serve `base_model`."""
-    if base_model != gateway.base.name:
-        raise BadRequest(
-            f"the engines serve {gateway.base.name!r}, not {base_model!r}; "
-            "start another Burnish for it",
-            param="base_model",
-        )

@@ -12,14 +12,13 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from pydantic import Field, model_validator
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from feedback.errors import BadRequest, Conflict, Forbidden
+from feedback.errors import BadRequest
 from server.access.keyring import Caller
-from server.access.visibility import append_audit, get_deployment, get_release, sees
+from server.access.visibility import get_deployment, get_release
 from server.chat.request import Bounded
-from server.deployments import promotion
+from server.deployments import changes, promotion
 from server.deployments.promotion import Move
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
@@ -33,9 +32,6 @@ from server.views.deployments import (
 )
 from server.views.objects import Page, page
 from tuner import releases
-from tuner.base_models import BaseModel
-from tuner.policies import merge_policies
-from tuner.tables import Adapter, Deployment
 
 router = APIRouter(prefix="/admin/deployments", tags=["deployments"], route_class=JsonRoute)
 
@@ -99,6 +95,15 @@ class DeploymentChange(Body):
     sampling: SamplingDefaults | None = None
     aliases: Aliases | None = None
     policies: Policies | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What was sent, null too."""
+        shown = {name: getattr(self, name) for name in self.model_fields_set}
+        if self.sampling is not None:
+            shown["sampling"] = self.sampling.to_json()
+        if self.policies is not None:
+            shown["policies"] = self.policies.given()
+        return shown
 
     @model_validator(mode="before")
     @classmethod
@@ -169,8 +174,18 @@ async def create_deployment(
     """Make a deployment."""
 
     def make(session: Session) -> str:
-        _create(session, gateway, caller, body)
-        return body.name
+        row = changes.create_deployment(
+            session,
+            gateway,
+            caller,
+            name=body.name,
+            base_model=body.base_model,
+            system_prompt=body.system_prompt,
+            sampling=body.sampling.to_json(),
+            aliases=body.aliases,
+            policies=body.policies.given(),
+        )
+        return row.name
 
     return await _change(gateway, caller, make)
 
@@ -180,15 +195,17 @@ async def change_deployment(
     name: str, body: DeploymentChange, caller: CallerDep, gateway: GatewayDep
 ) -> ChangedDeployment:
     """Aliases and policies act at once; system prompt and sampling make the `candidate`."""
-    candidates: list[str] = []
+    candidate: str | None = None
 
     def change(session: Session) -> str:
+        nonlocal candidate
         row = get_deployment(session, caller, name)
-        candidates.extend(_apply(session, gateway.base, caller, row, body))
+        made = changes.change_deployment(session, gateway.base, caller, row, body.given())
+        candidate = None if made is None else made.name
         return name
 
     changed = await _change(gateway, caller, change)
-    return {**changed, "candidate": candidates[0] if candidates else None}
+    return {**changed, "candidate": candidate}
 
 
 @router.post("/{name}/promote")
@@ -228,94 +245,6 @@ def _move(
         force=force,
         expected_generation=expected_generation,
     )
-
-
-def _create(session: Session, gateway: Gateway, caller: Caller, body: DeploymentCreate) -> None:
-    if not sees(caller, body.name):
-        raise Forbidden(
-            f"this key is limited to {', '.join(caller.key.deployments or ()) or 'no deployment'}"
-        )
-    base = gateway.base
-    promotion.check_base_serves(gateway, body.base_model or base.name)
-    _check_prompt(base, body.system_prompt)
-    row = releases.create_deployment(
-        session,
-        name=body.name,
-        base_model=base.name,
-        base_revision=base.revision,
-        template_hash=base.template_hash,
-        system_prompt=body.system_prompt,
-        sampling=body.sampling.to_json(),
-        aliases=body.aliases,
-        policies=merge_policies({}, body.policies.given()),
-        created_by=caller.key.user,
-    )
-    count = session.scalar(select(func.count()).select_from(Deployment)) or 0
-    if count > (gateway.fleet.capacity - 1) // 3:
-        raise Conflict(
-            f"{count - 1} deployments are there, and an engine holds {gateway.fleet.capacity} "
-            f"adapters: another one takes engine.max_loras of at least {3 * count + 1} "
-            "(three for each and one more)",
-            code="no_adapter_slot",
-        )
-    append_audit(session, caller, "deployment_created", row.name, aliases=body.aliases)
-
-
-def _check_prompt(base: BaseModel, prompt: str | None) -> None:
-    """Raise `BadRequest` where the base's chat template takes no such system prompt."""
-    if not prompt:
-        return
-    (message,) = base.control_tokens.defuse([{"role": "system", "content": prompt}])
-    why = base.chat_template.refuses_system(message["content"])
-    if why is not None:
-        raise BadRequest(
-            f"the chat template of {base.name!r} takes no system prompt: {why[:200]}; leave it "
-            "out, and let callers say it in their first message",
-            param="system_prompt",
-        )
-
-
-def _apply(
-    session: Session, base: BaseModel, caller: Caller, row: Deployment, body: DeploymentChange
-) -> list[str]:
-    """Make the change; the name of the candidate that it took, if it took one."""
-    if body.aliases is not None:
-        releases.set_aliases(session, row.name, body.aliases)
-    if body.policies is not None:
-        row.policies = merge_policies(row.policies, body.policies.given())
-    production = releases.production_of(session, row)
-    prompt, sampling = production.system_prompt, production.sampling
-    if "system_prompt" in body.model_fields_set:
-        prompt = body.system_prompt
-        _check_prompt(base, prompt)
-    if "sampling" in body.model_fields_set:
-        sampling = body.sampling.to_json() if body.sampling is not None else {}
-    made: list[str] = []
-    if (prompt, sampling) != (production.system_prompt, production.sampling):
-        # It learned what production learned, so it carries where that comes from.
-        candidate = releases.create_release(
-            session,
-            row,
-            adapter=session.get(Adapter, production.adapter_id) if production.adapter_id else None,
-            system_prompt=prompt,
-            sampling=sampling,
-            job_id=production.job_id,
-            suffix=production.suffix,
-            dataset_id=production.dataset_id,
-            sources_left_out=production.sources_left_out,
-            created_by=caller.key.user,
-        )
-        made.append(candidate.name)
-    session.flush()
-    append_audit(
-        session,
-        caller,
-        "deployment_changed",
-        row.name,
-        changed=sorted(body.model_fields_set),
-        candidate=made[0] if made else None,
-    )
-    return made
 
 
 async def _change(
