@@ -22,7 +22,7 @@ from tests.rows import (
     add_evaluation,
     build_adapter,
 )
-from tuner.releases import get_deployment
+from tuner.deployments import get_deployment
 from tuner.tuning import create_tuning_job
 
 Route = tuple[str, str]

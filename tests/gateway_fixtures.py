@@ -45,7 +45,8 @@ from tuner.adapters import AdapterStore, adapter_id, build_adapter_config
 from tuner.base_models import BaseModel
 from tuner.chat_template import ChatTemplate
 from tuner.control_tokens import ControlTokens
-from tuner.releases import create_deployment, create_release, get_deployment
+from tuner.deployments import create_deployment, get_deployment
+from tuner.releases import create_release
 from tuner.tables import Adapter, Deployment, Evaluation
 
 #: As the fake engine renders: nothing is put before a conversation.

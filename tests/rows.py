@@ -18,8 +18,9 @@ from feedback.db import Database, Driver, new_id, now
 from feedback.people import find_or_create_person
 from feedback.recording import EndedAnswer, StartedAnswer, record_ended, record_started
 from feedback.tables import AnswerKind, AnswerStatus, Arm, Dataset
+from tuner.deployments import create_deployment, get_deployment
 from tuner.evaluation.evaluations import create_evaluation
-from tuner.releases import create_deployment, create_release, get_deployment
+from tuner.releases import create_release
 from tuner.tables import Adapter, Decision, Evaluation, Job, JobStatus, Release
 from tuner.tuning import create_freeze_job
 

@@ -25,8 +25,9 @@ from feedback.tables import (
     Judgement,
     JudgementKind,
 )
+from tuner.deployments import get_deployment
 from tuner.jobs import find_job
-from tuner.releases import get_deployment, get_release, role_of
+from tuner.releases import get_release, role_of
 from tuner.tables import Adapter, Evaluation, Job, Release
 
 MOVES = ("promote", "rollback", "canary")

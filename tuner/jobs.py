@@ -1,8 +1,9 @@
 """Jobs: work in the background, and who may write about it.
 
 Owns: the states of a job, its lease (`attempt` fences every write of a worker, `beat` shows that it
-lives), the sweep that finds stalled ones, its events, and that a job which ends badly leaves no
-half-made thing waiting. Does not own what a job does (`work/handlers.py`).
+lives), the sweep that finds stalled ones, and that a job which ends badly leaves no half-made thing
+waiting. Does not own what a job does (`work/handlers.py`) or how its events are kept
+(`job_events.py`).
 
 A lease involves no wall clock. An observer calls a job stalled when its beat counter hasn't moved
 for `lease_seconds` of the observer's own monotonic clock, so clocks that jump or differ between
@@ -13,9 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -23,7 +23,8 @@ from sqlalchemy.orm import Session
 from feedback.db import new_id, now
 from feedback.errors import Conflict, NotFound
 from feedback.tables import Dataset, DatasetStatus
-from tuner.tables import Evaluation, Job, JobEvent, JobKind, JobStatus
+from tuner.job_events import NewEvent, append_events
+from tuner.tables import Evaluation, Job, JobKind, JobStatus
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
@@ -48,20 +49,6 @@ class Request(StrEnum):
     PAUSE = "pause"
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
-    """Something to tell about a job.
-
-    `type` is `metrics` when `data` holds figures of a step, `validation` when it holds those of the
-    validation rows, `checkpoint` when one was written.
-    """
-
-    message: str
-    level: Literal["info", "warn", "error"] = "info"
-    type: Literal["message", "metrics", "validation", "checkpoint"] = "message"
-    data: dict[str, Any] = field(default_factory=dict)
-
-
 def create_job(
     session: Session,
     kind: JobKind,
@@ -84,7 +71,7 @@ def create_job(
     )
     session.add(job)
     session.flush()
-    _append_events(session, job.id, 0, [NewEvent("Job created and queued.")])
+    append_events(session, job.id, 0, [NewEvent("Job created and queued.")])
     return job
 
 
@@ -172,7 +159,7 @@ def claim_job(session: Session, worker: str, *, kinds: Collection[str]) -> Job |
     job.beat += 1
     job.started_at = job.started_at or now()
     session.flush()
-    _append_events(session, job.id, job.attempt, [NewEvent("Job started.")])
+    append_events(session, job.id, job.attempt, [NewEvent("Job started.")])
     return job
 
 
@@ -198,7 +185,7 @@ def beat(session: Session, job: Job) -> Request | None:
 def record_events(session: Session, job: Job, events: Sequence[NewEvent]) -> None:
     """Append `events` in order, for the lease's holder. Raises `LeaseLost`."""
     beat(session, job)
-    _append_events(session, job.id, job.attempt, events)
+    append_events(session, job.id, job.attempt, events)
 
 
 def finish(session: Session, job: Job, result: dict[str, Any]) -> None:
@@ -228,13 +215,13 @@ def cancel(session: Session, job: Job) -> None:
 def pause(session: Session, job: Job) -> None:
     """The worker put the job aside because somebody asked for it. Raises `LeaseLost`."""
     _fenced_update(session, job, status=JobStatus.PAUSED, worker=None, pause_requested=False)
-    _append_events(session, job.id, job.attempt, [NewEvent("Job paused.")])
+    append_events(session, job.id, job.attempt, [NewEvent("Job paused.")])
 
 
 def give_back(session: Session, job: Job) -> None:
     """Queue the job again because its worker is shutting down. Raises `LeaseLost`."""
     _fenced_update(session, job, status=JobStatus.QUEUED, worker=None)
-    _append_events(
+    append_events(
         session, job.id, job.attempt, [NewEvent("The worker is shutting down; job queued again.")]
     )
 
@@ -254,7 +241,7 @@ def request_cancel(session: Session, job_id: str) -> Job:
         event = NewEvent("Cancellation requested.")
     job.cancel_requested = True
     session.flush()
-    _append_events(session, job.id, job.attempt, [event])
+    append_events(session, job.id, job.attempt, [event])
     return job
 
 
@@ -273,7 +260,7 @@ def request_pause(session: Session, job_id: str) -> Job:
         job.pause_requested = True
         event = NewEvent("Pause requested.")
     session.flush()
-    _append_events(session, job.id, job.attempt, [event])
+    append_events(session, job.id, job.attempt, [event])
     return job
 
 
@@ -288,67 +275,8 @@ def resume(session: Session, job_id: str) -> Job:
         )
     job.status = JobStatus.QUEUED
     session.flush()
-    _append_events(session, job.id, job.attempt, [NewEvent("Job resumed: queued again.")])
+    append_events(session, job.id, job.attempt, [NewEvent("Job resumed: queued again.")])
     return job
-
-
-def list_checkpoints(
-    session: Session, job_id: str, *, after: str | None = None, limit: int = 10
-) -> tuple[list[tuple[JobEvent, dict[str, Any]]], bool]:
-    """A page of the checkpoints that a job told of, newest first, and whether more follow.
-
-    Each with the figures of its step, as far as they were told: `loss` of the training, and
-    `full_valid_loss` of all validation rows. A step that was done again after a crash or a pause
-    counts once. `after` is the last event's id of the page before.
-    """
-    told = session.scalars(
-        select(JobEvent)
-        .where(JobEvent.job_id == job_id, JobEvent.type != "message")
-        .order_by(JobEvent.seq)
-    )
-    figures: dict[Any, dict[str, Any]] = {}
-    found: dict[Any, JobEvent] = {}
-    for event in told:
-        step = event.data.get("step")
-        if event.type == "checkpoint":
-            found[step] = event
-        else:
-            name = "loss" if event.type == "metrics" else "full_valid_loss"
-            figures.setdefault(step, {})[name] = event.data.get(name)
-    newest = sorted(found.values(), key=lambda event: event.seq, reverse=True)
-    if after is not None:
-        last = next((event.seq for event in newest if event.id == after), None)
-        if last is None:
-            raise NotFound(f"Job {job_id!r} has no checkpoint {after!r}.", param="after")
-        newest = [event for event in newest if event.seq < last]
-    page = [(event, figures.get(event.data.get("step"), {})) for event in newest[:limit]]
-    return page, len(newest) > limit
-
-
-def list_events(
-    session: Session,
-    job_id: str,
-    *,
-    after: str | None = None,
-    limit: int = 20,
-    newest_first: bool = True,
-) -> tuple[list[JobEvent], bool]:
-    """A page of a job's events and whether more follow.
-
-    `after` is the last event's id of the page before. Newest first is the order of OpenAI's API;
-    oldest first suits somebody who watches.
-    """
-    query = select(JobEvent).where(JobEvent.job_id == job_id).limit(limit + 1)
-    query = query.order_by(JobEvent.seq.desc() if newest_first else JobEvent.seq)
-    if after is not None:
-        last = session.scalar(
-            select(JobEvent.seq).where(JobEvent.id == after, JobEvent.job_id == job_id)
-        )
-        if last is None:
-            raise NotFound(f"Job {job_id!r} has no event {after!r}.", param="after")
-        query = query.where(JobEvent.seq < last if newest_first else JobEvent.seq > last)
-    rows = list(session.scalars(query))
-    return rows[:limit], len(rows) > limit
 
 
 class StalledJobs:
@@ -427,7 +355,7 @@ class StalledJobs:
             job.finished_at = now()
             _leave_subject(session, job, job.error_message or "cancelled")
         session.flush()
-        _append_events(session, job.id, job.attempt, [event])
+        append_events(session, job.id, job.attempt, [event])
         return job
 
 
@@ -447,7 +375,7 @@ def _lock_unfinished(session: Session, job_id: str, what: str) -> Job:
 
 def _end(session: Session, job: Job, event: NewEvent, **values: Any) -> None:
     _fenced_update(session, job, finished_at=now(), **values)
-    _append_events(session, job.id, job.attempt, [event])
+    append_events(session, job.id, job.attempt, [event])
 
 
 def _fenced_update(session: Session, job: Job, **values: Any) -> None:
@@ -476,25 +404,3 @@ def _leave_subject(session: Session, job: Job, reason: str) -> None:
             .where(Evaluation.id == job.spec.get("evaluation_id"), Evaluation.decision.is_(None))
             .values(error=reason, finished_at=now())
         )
-
-
-def _append_events(session: Session, job_id: str, attempt: int, events: Sequence[NewEvent]) -> None:
-    """Number and insert events.
-
-    The caller's transaction holds the job's row, so numbers don't collide.
-    """
-    last = session.scalar(select(func.max(JobEvent.seq)).where(JobEvent.job_id == job_id)) or 0
-    for seq, event in enumerate(events, last + 1):
-        session.add(
-            JobEvent(
-                id=new_id("ftevt-"),
-                job_id=job_id,
-                seq=seq,
-                attempt=attempt,
-                level=event.level,
-                type=event.type,
-                message=event.message,
-                data=event.data,
-            )
-        )
-    session.flush()

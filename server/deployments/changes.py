@@ -17,7 +17,7 @@ from feedback.errors import BadRequest, Conflict, Forbidden
 from server.access.keyring import Caller
 from server.access.visibility import append_audit, sees
 from server.gateway import Gateway
-from tuner import releases
+from tuner import deployments, releases
 from tuner.base_models import BaseModel
 from tuner.policies import merge_policies
 from tuner.tables import Adapter, Deployment, Release
@@ -46,7 +46,7 @@ def create_deployment(
     base = gateway.base
     _check_base_serves(gateway, base_model or base.name)
     _check_prompt(base, system_prompt)
-    row = releases.create_deployment(
+    row = deployments.create_deployment(
         session,
         name=name,
         base_model=base.name,
@@ -78,7 +78,7 @@ def change_deployment(
     Null aliases and policies stay as they are. Raises BadRequest, or Conflict for a taken alias.
     """
     if given.get("aliases") is not None:
-        releases.set_aliases(session, row.name, given["aliases"])
+        deployments.set_aliases(session, row.name, given["aliases"])
     if given.get("policies") is not None:
         row.policies = merge_policies(row.policies, given["policies"])
     production = releases.production_of(session, row)

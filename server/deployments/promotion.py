@@ -1,7 +1,7 @@
 """The effects of promote and rollback: engines first, then one row, then the flip, then the drain.
 
 Owns: the order of those steps and what is written to the audit log. Does not own: who may be
-promoted (`tuner/releases.py`) or how an engine is asked (`engines/fleet.py`). Covered: the gateway
+promoted (`tuner/moves.py`) or how an engine is asked (`engines/fleet.py`). Covered: the gateway
 killed between any two steps (the row is the truth, engines follow it), two moves at once, an
 adapter that an engine does not really serve.
 """
@@ -22,7 +22,7 @@ from server.chat.routing import ReleaseView
 from server.engines.fleet import Unfit
 from server.engines.proof import Outcome, Proof
 from server.gateway import Gateway
-from tuner import releases
+from tuner import deployments, moves, releases
 from tuner.adapters import AdapterRefused, check_adapter
 from tuner.tables import Deployment, ReleaseState
 
@@ -104,7 +104,7 @@ async def _flip(gateway: Gateway) -> None:
 
 def _check(gateway: Gateway, deployment: str, name: str, move: Move) -> tuple[int, ReleaseView]:
     with gateway.database.read() as session:
-        row = releases.get_deployment(session, deployment)
+        row = deployments.get_deployment(session, deployment)
         release = releases.find_release(session, name)
         if release is None:
             raise NotFound(
@@ -117,7 +117,7 @@ def _check(gateway: Gateway, deployment: str, name: str, move: Move) -> tuple[in
                 "look at it and try again",
                 code="generation_conflict",
             )
-        releases.check_promotable(
+        moves.check_promotable(
             session, row, release, by_machine=move.by_machine, note=move.note, force=move.force
         )
         view = load_release(session, name)
@@ -217,8 +217,8 @@ def _commit_promotion(
     proofs: Mapping[str, Proof],
 ) -> Deployment:
     with gateway.database.write() as session:
-        before = releases.get_deployment(session, deployment).production
-        row = releases.move_production(
+        before = deployments.get_deployment(session, deployment).production
+        row = moves.move_production(
             session, deployment, release.number, expected_generation=generation
         )
         evaluation = releases.newest_evaluation(session, release.name)
@@ -239,12 +239,12 @@ def _commit_promotion(
 
 def _commit_rollback(gateway: Gateway, deployment: str, move: Move) -> Deployment:
     with gateway.database.write() as session:
-        before = releases.get_deployment(session, deployment)
+        before = deployments.get_deployment(session, deployment)
         expected = (
             before.generation if move.expected_generation is None else move.expected_generation
         )
         was = before.production
-        row = releases.swap_back(session, deployment, expected_generation=expected)
+        row = moves.swap_back(session, deployment, expected_generation=expected)
         details: dict[str, Any] = {
             "deployment": deployment,
             "from": f"{deployment}@{was}",

@@ -31,7 +31,7 @@ from server.views.deployments import (
     view_deployment,
 )
 from server.views.objects import Page, page
-from tuner import releases
+from tuner import deployments
 
 router = APIRouter(prefix="/admin/deployments", tags=["deployments"], route_class=JsonRoute)
 
@@ -155,7 +155,7 @@ def list_deployments(
     caller: CallerDep, session: ReadSession, engines: EnginesDep
 ) -> Page[DeploymentObject]:
     """All deployments, by name."""
-    rows = releases.list_deployments(session, names=caller.key.deployments)
+    rows = deployments.list_deployments(session, names=caller.key.deployments)
     return page([view_deployment(session, caller, row, engines) for row in rows], False)
 
 

@@ -37,7 +37,8 @@ from server.views.tuning_jobs import (
     view_event,
     view_tuning_job,
 )
-from tuner import jobs
+from tuner import job_events, jobs
+from tuner.deployments import find_deployment_by_model
 from tuner.methods import (
     AUTO,
     HYPERPARAMETERS,
@@ -45,7 +46,6 @@ from tuner.methods import (
     Method,
     name_implemented,
 )
-from tuner.releases import find_deployment_by_model
 from tuner.tables import Deployment, JobKind
 from tuner.tuning import LONGEST_SUFFIX, create_tuning_job
 
@@ -213,7 +213,7 @@ def list_checkpoints(
 ) -> Page[TuningCheckpoint]:
     """Steps at which the run was saved, newest first. They serve to resume it, not to answer."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
-    rows, has_more = jobs.list_checkpoints(session, job_id, after=after, limit=limit)
+    rows, has_more = job_events.list_checkpoints(session, job_id, after=after, limit=limit)
     return page([view_checkpoint(row, figures) for row, figures in rows], has_more)
 
 
@@ -227,7 +227,7 @@ def list_events(
 ) -> Page[TuningEvent]:
     """What happened in it, newest first."""
     get_job(session, caller, job_id, kind=JobKind.TUNE)
-    rows, has_more = jobs.list_events(session, job_id, after=after, limit=limit)
+    rows, has_more = job_events.list_events(session, job_id, after=after, limit=limit)
     return page([view_event(row) for row in rows], has_more)
 
 

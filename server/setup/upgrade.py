@@ -26,7 +26,8 @@ from server.schema import UpgradeError, migrate, wait_for_other_upgrades
 from server.settings import Settings
 from server.tables import Key
 from tuner.base_models import BaseModel
-from tuner.releases import create_deployment, get_release, list_deployments
+from tuner.deployments import create_deployment, list_deployments
+from tuner.releases import get_release
 
 DEFAULT_ALIASES = ("gpt-4o-mini",)
 

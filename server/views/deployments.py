@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from server.access.keyring import Caller
 from server.access.scopes import Scope
 from server.views.objects import unix
-from tuner import releases
+from tuner import deployments, releases
 from tuner.tables import Deployment, Release
 
 
@@ -87,7 +87,7 @@ def view_deployment(
         "canary_percent": row.canary_percent,
         "generation": row.generation,
         "rolled_back": row.rolled_back,
-        "aliases": releases.list_aliases(session, row.name),
+        "aliases": deployments.list_aliases(session, row.name),
         "system_prompt": production.system_prompt if caller.key.allows(Scope.CURATE) else None,
         "sampling": production.sampling,
         "policies": row.policies,

@@ -18,7 +18,7 @@ from tests.promises.processes import engine_process, gateway_process, prepare
 from tests.promises.scale import scaled
 from tests.promises.traffic import Traffic
 from tuner.adapters import AdapterStore
-from tuner.releases import move_production
+from tuner.moves import move_production
 
 pytestmark = pytest.mark.promises
 

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from feedback.db import canonical_json, new_id, now
 from feedback.tables import Dataset, DatasetStatus, File
-from tuner.releases import create_deployment, create_release, get_deployment
+from tuner.deployments import create_deployment, get_deployment
+from tuner.releases import create_release
 from tuner.tables import Adapter, Decision, Deployment, Evaluation, Release
 
 REVISION = "rev-1"

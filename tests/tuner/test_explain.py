@@ -30,8 +30,10 @@ from tests.tuner.records import (
     supervised,
 )
 from tuner import jobs
+from tuner.deployments import get_deployment
 from tuner.explain import explain_answer, explain_release
-from tuner.releases import create_release, get_deployment, move_production
+from tuner.moves import move_production
+from tuner.releases import create_release
 from tuner.tables import Adapter, Decision, Job
 from tuner.tuning import create_tuning_job
 

@@ -10,9 +10,10 @@ from feedback.db import Database
 from feedback.errors import Conflict, NotFound
 from feedback.tables import Dataset, DatasetStatus
 from tests.tuner.records import add_dataset, make_candidate, make_deployment
-from tuner import jobs
+from tuner import job_events, jobs
 from tuner.evaluation.evaluations import create_evaluation
-from tuner.jobs import LeaseLost, NewEvent, Request, StalledJobs
+from tuner.job_events import NewEvent
+from tuner.jobs import LeaseLost, Request, StalledJobs
 from tuner.tables import Evaluation, Job, JobKind, JobStatus
 from tuner.tuning import create_freeze_job
 
@@ -38,7 +39,7 @@ def read(database: Database, job: Job) -> Job:
 
 def messages(database: Database, job: Job) -> list[str]:
     with database.read() as session:
-        events, _ = jobs.list_events(session, job.id, newest_first=False, limit=100)
+        events, _ = job_events.list_events(session, job.id, newest_first=False, limit=100)
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         return [event.message for event in events]
 
@@ -118,13 +119,13 @@ def test_events_keep_their_order_and_come_in_pages(database: Database) -> None:
     with database.write() as session:
         jobs.record_events(session, job, [NewEvent(str(number)) for number in range(3)])
     with database.read() as session:
-        page, more = jobs.list_events(session, job.id, limit=2)
+        page, more = job_events.list_events(session, job.id, limit=2)
         assert ([event.message for event in page], more) == (["2", "1"], True)
-        rest, more = jobs.list_events(session, job.id, after=page[-1].id, limit=10)
+        rest, more = job_events.list_events(session, job.id, after=page[-1].id, limit=10)
         assert rest[0].message == "0"
         assert not more
         with pytest.raises(NotFound, match="no event 'ftevt-none'"):
-            jobs.list_events(session, job.id, after="ftevt-none")
+            job_events.list_events(session, job.id, after="ftevt-none")
     assert messages(database, job)[-3:] == ["0", "1", "2"]
 
 
@@ -318,19 +319,19 @@ def test_checkpoints_are_told_once_a_step_with_the_figures_of_that_step(
     with database.write() as session:
         jobs.record_events(session, job, [*told, *again])
     with database.read() as session:
-        found, more = jobs.list_checkpoints(session, job.id)
+        found, more = job_events.list_checkpoints(session, job.id)
         assert [(row.data["step"], figures) for row, figures in found] == [
             (6, {}),
             (4, {"loss": 1.0, "full_valid_loss": 1.5}),
             (2, {"loss": 2.0}),
         ]
         assert not more
-        first, more = jobs.list_checkpoints(session, job.id, limit=2)
+        first, more = job_events.list_checkpoints(session, job.id, limit=2)
         assert more
-        rest, more = jobs.list_checkpoints(session, job.id, after=first[-1][0].id)
+        rest, more = job_events.list_checkpoints(session, job.id, after=first[-1][0].id)
         assert ([row.data["step"] for row, _ in rest], more) == ([2], False)
         with pytest.raises(NotFound, match="no checkpoint"):
-            jobs.list_checkpoints(session, job.id, after="ftevt-none")
+            job_events.list_checkpoints(session, job.id, after="ftevt-none")
 
 
 def test_giving_back_costs_no_attempt(database: Database) -> None:

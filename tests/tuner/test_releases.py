@@ -10,7 +10,7 @@ import pytest
 from feedback.db import Database
 from feedback.errors import AppError, BadRequest, Conflict, NotFound
 from tests.tuner.records import decide_evaluation, make_adapter, make_candidate, make_deployment
-from tuner import releases
+from tuner import deployments, moves, releases
 from tuner.releases import Role
 from tuner.tables import Decision, Deployment, Release, ReleaseState
 
@@ -19,7 +19,7 @@ def test_a_deployment_begins_with_its_base_as_release_0(database: Database) -> N
     with database.write() as session:
         make_deployment(session, system_prompt="Be kind.", sampling={"temperature": 0.2})
     with database.read() as session:
-        deployment = releases.get_deployment(session, "assistant")
+        deployment = deployments.get_deployment(session, "assistant")
         origin = releases.production_of(session, deployment)
         assert (origin.name, origin.adapter_id, origin.engine_name) == ("assistant@0", None, "tiny")
         assert (origin.system_prompt, origin.sampling) == ("Be kind.", {"temperature": 0.2})
@@ -46,21 +46,21 @@ def test_no_name_means_two_things(database: Database, name: str, by: str) -> Non
             make_deployment(session, name)
         assert refused.value.code == "name_taken"
         with pytest.raises(Conflict, match=f"already {by}"):
-            releases.set_aliases(session, "second", [name])
+            deployments.set_aliases(session, "second", [name])
 
 
 def test_aliases_are_replaced_and_lead_to_their_deployment(database: Database) -> None:
     with database.write() as session:
         make_deployment(session, aliases=["gpt-4o", "org/Model:1"])
-        releases.set_aliases(session, "assistant", ["gpt-5", "gpt-5"])
+        deployments.set_aliases(session, "assistant", ["gpt-5", "gpt-5"])
     with database.read() as session:
-        assert releases.list_aliases(session, "assistant") == ["gpt-5"]
-        found = releases.find_deployment_by_model(session, "gpt-5")
+        assert deployments.list_aliases(session, "assistant") == ["gpt-5"]
+        found = deployments.find_deployment_by_model(session, "gpt-5")
         assert found is not None
         assert found.name == "assistant"
-        assert releases.find_deployment_by_model(session, "gpt-4o") is None
+        assert deployments.find_deployment_by_model(session, "gpt-4o") is None
     with database.write() as session, pytest.raises(BadRequest, match="can't be an alias"):
-        releases.set_aliases(session, "assistant", ["a b"])
+        deployments.set_aliases(session, "assistant", ["a b"])
 
 
 def test_candidates_are_numbered_in_turn_whoever_makes_them_at_once(database: Database) -> None:
@@ -71,7 +71,7 @@ def test_candidates_are_numbered_in_turn_whoever_makes_them_at_once(database: Da
 
     def make(seed: int) -> str:
         with database.write() as session:
-            deployment = releases.get_deployment(session, "assistant")
+            deployment = deployments.get_deployment(session, "assistant")
             return releases.create_release(
                 session, deployment, adapter=None, system_prompt=str(seed), sampling={}
             ).name
@@ -166,11 +166,11 @@ def test_who_may_promote_what(
         if decision is not None:
             decide_evaluation(session, release, decision=decision)
         if code == "allowed":
-            evaluation = releases.check_promotable(session, deployment, release, **by)
+            evaluation = moves.check_promotable(session, deployment, release, **by)
             assert (evaluation.decision if evaluation else None) == decision
         else:
             with pytest.raises(AppError) as refused:
-                releases.check_promotable(session, deployment, release, **by)
+                moves.check_promotable(session, deployment, release, **by)
             assert refused.value.code == code
 
 
@@ -179,13 +179,13 @@ def test_an_evaluation_against_what_was_in_production_is_stale(sqlite_database: 
         make_deployment(session)
         first, second = make_candidate(session), make_candidate(session, seed=2)
         decide_evaluation(session, second)
-        deployment = releases.move_production(session, "assistant", 1, expected_generation=0)
+        deployment = moves.move_production(session, "assistant", 1, expected_generation=0)
         with pytest.raises(Conflict, match="compared with 'assistant@0'") as refused:
-            releases.check_promotable(session, deployment, second, **NOTED)
+            moves.check_promotable(session, deployment, second, **NOTED)
         assert refused.value.code == "stale_evaluation"
-        releases.check_promotable(session, deployment, second, **FORCED)
+        moves.check_promotable(session, deployment, second, **FORCED)
         with pytest.raises(Conflict, match="already production"):
-            releases.check_promotable(session, deployment, first, **FORCED)
+            moves.check_promotable(session, deployment, first, **FORCED)
 
 
 def test_the_newest_decided_evaluation_counts(sqlite_database: Database) -> None:
@@ -195,7 +195,7 @@ def test_the_newest_decided_evaluation_counts(sqlite_database: Database) -> None
         decide_evaluation(session, release, decision=Decision.PASS)
         decide_evaluation(session, release, decision=Decision.FAIL)
         with pytest.raises(Conflict, match="It is a fail"):
-            releases.check_promotable(session, deployment, release, **NOTED)
+            moves.check_promotable(session, deployment, release, **NOTED)
 
 
 def test_a_release_of_another_deployment_is_not_promoted(sqlite_database: Database) -> None:
@@ -204,7 +204,7 @@ def test_a_release_of_another_deployment_is_not_promoted(sqlite_database: Databa
         make_deployment(session, "second")
         other = make_candidate(session, "second")
         with pytest.raises(BadRequest, match="a release of 'second'"):
-            releases.check_promotable(session, deployment, other, **FORCED)
+            moves.check_promotable(session, deployment, other, **FORCED)
 
 
 def prepare(database: Database, candidates: int = 2) -> None:
@@ -216,7 +216,7 @@ def prepare(database: Database, candidates: int = 2) -> None:
 
 def roles(database: Database) -> tuple[int, int | None, int]:
     with database.read() as session:
-        row = releases.get_deployment(session, "assistant")
+        row = deployments.get_deployment(session, "assistant")
         return row.production, row.previous, row.generation
 
 
@@ -226,7 +226,7 @@ def test_a_move_is_made_once_whoever_tries_at_once(database: Database) -> None:
     def move(number: int) -> str:
         try:
             with database.write() as session:
-                releases.move_production(session, "assistant", number, expected_generation=0)
+                moves.move_production(session, "assistant", number, expected_generation=0)
             return "moved"
         except Conflict as error:
             return str(error.code)
@@ -242,17 +242,17 @@ def test_a_move_is_made_once_whoever_tries_at_once(database: Database) -> None:
 def test_a_move_ends_a_canary(database: Database) -> None:
     prepare(database)
     with database.write() as session:
-        row = releases.get_deployment(session, "assistant")
+        row = deployments.get_deployment(session, "assistant")
         row.canary, row.canary_percent, row.canary_id = 2, 10.0, "canary_1"
     with database.write() as session:
-        row = releases.move_production(session, "assistant", 1, expected_generation=0)
+        row = moves.move_production(session, "assistant", 1, expected_generation=0)
         assert (row.canary, row.canary_percent, row.canary_id) == (None, 0.0, None)
 
 
 def test_what_is_production_already_is_not_moved(database: Database) -> None:
     prepare(database)
     with database.write() as session, pytest.raises(Conflict) as refused:
-        releases.move_production(session, "assistant", 0, expected_generation=0)
+        moves.move_production(session, "assistant", 0, expected_generation=0)
     assert refused.value.code == "already_production"
     assert roles(database) == (0, None, 0)
 
@@ -262,7 +262,7 @@ def test_a_release_put_away_meanwhile_does_not_become_production(database: Datab
     with database.write() as session:
         releases.discard(session, "assistant@1", reason="typo")
     with pytest.raises(Conflict, match="is discarded"), database.write() as session:
-        releases.move_production(session, "assistant", 1, expected_generation=0)
+        moves.move_production(session, "assistant", 1, expected_generation=0)
     assert roles(database) == (0, None, 0)
 
 
@@ -270,19 +270,19 @@ def test_rollback_restores_the_previous_release_and_can_be_undone(database: Data
     prepare(database)
     with database.write() as session:
         with pytest.raises(Conflict) as refused:
-            releases.swap_back(session, "assistant", expected_generation=0)
+            moves.swap_back(session, "assistant", expected_generation=0)
         assert refused.value.code == "nothing_to_roll_back_to"
     with database.write() as session:
-        releases.move_production(session, "assistant", 1, expected_generation=0)
+        moves.move_production(session, "assistant", 1, expected_generation=0)
     with database.write() as session:
-        row = releases.swap_back(session, "assistant", expected_generation=1)
+        row = moves.swap_back(session, "assistant", expected_generation=1)
         assert row.rolled_back
     assert roles(database) == (0, 1, 2)
     with pytest.raises(Conflict) as refused, database.write() as session:
-        releases.swap_back(session, "assistant", expected_generation=1)
+        moves.swap_back(session, "assistant", expected_generation=1)
     assert refused.value.code == "generation_conflict"
     with database.write() as session:
-        releases.swap_back(session, "assistant", expected_generation=2)
+        moves.swap_back(session, "assistant", expected_generation=2)
     assert roles(database) == (1, 0, 3)
 
 
@@ -290,8 +290,8 @@ def test_rollback_restores_the_previous_release_and_can_be_undone(database: Data
 def test_a_release_with_a_role_is_not_discarded(database: Database, role: str, number: int) -> None:
     prepare(database)
     with database.write() as session:
-        releases.move_production(session, "assistant", 1, expected_generation=0)
-        releases.get_deployment(session, "assistant").canary = 2
+        moves.move_production(session, "assistant", 1, expected_generation=0)
+        deployments.get_deployment(session, "assistant").canary = 2
     with database.write() as session, pytest.raises(Conflict, match=f"is {role} of"):
         releases.discard(session, f"assistant@{number}")
 
@@ -310,10 +310,10 @@ def test_what_an_engine_shows_does_not_revive_a_discarded_release(
 def test_unknown_names_are_not_found(sqlite_database: Database) -> None:
     with sqlite_database.write() as session:
         for call in (
-            lambda: releases.get_deployment(session, "nobody"),
+            lambda: deployments.get_deployment(session, "nobody"),
             lambda: releases.get_release(session, "nobody@1"),
-            lambda: releases.move_production(session, "nobody", 1, expected_generation=0),
-            lambda: releases.swap_back(session, "nobody", expected_generation=0),
+            lambda: moves.move_production(session, "nobody", 1, expected_generation=0),
+            lambda: moves.swap_back(session, "nobody", expected_generation=0),
         ):
             with pytest.raises(NotFound, match="nobody"):
                 call()

@@ -19,8 +19,9 @@ from tests.tuner.records import (
     supervised,
 )
 from tuner import jobs, tuning
+from tuner.deployments import get_deployment
 from tuner.methods import HYPERPARAMETERS
-from tuner.releases import get_deployment, move_production
+from tuner.moves import move_production
 from tuner.tables import JobKind
 from tuner.tuning import check_hyperparameters, create_tuning_job
 

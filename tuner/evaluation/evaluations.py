@@ -17,11 +17,12 @@ from sqlalchemy.orm import Session
 from feedback.db import new_id, now
 from feedback.errors import BadRequest, Conflict, NotFound
 from feedback.tables import Dataset, DatasetStatus, File
+from tuner.deployments import get_deployment
 from tuner.evaluation.gate import Verdict
 from tuner.evaluation.holdout import HoldoutFiles
 from tuner.evaluation.measurement import Subject
 from tuner.jobs import ENDED, create_job
-from tuner.releases import get_deployment, get_release, production_of
+from tuner.releases import get_release, production_of
 from tuner.tables import Deployment, Evaluation, Job, JobKind, Release, ReleaseState
 from tuner.tuning import list_files_of
 

@@ -2,7 +2,7 @@
 
 Owns: the decision and its reasons, from figures alone. Pure: no database, no model, no clock. Does
 not own how the figures are gathered (`measurement.py`), the tests (`significance.py`) or who may
-overrule a decision (`releases.check_promotable`).
+overrule a decision (`moves.check_promotable`).
 
 Two sorts of check. A *primary metric* compares candidate and baseline on the same holdout rows and
 says better, worse or neither; a *sanity check* holds what the candidate writes against limits.

@@ -21,9 +21,10 @@ from feedback.errors import BadRequest
 from feedback.tables import Dataset, File
 from tuner.adapters import AdapterFacts, adapter_id
 from tuner.base_models import BaseModel
+from tuner.deployments import get_deployment
 from tuner.evaluation.evaluations import create_evaluation
 from tuner.jobs import JobFailed
-from tuner.releases import create_release, get_deployment, get_release, production_of
+from tuner.releases import create_release, get_release, production_of
 from tuner.tables import Adapter, Evaluation, Job, Release
 from tuner.tuning import list_sources_left_out
 

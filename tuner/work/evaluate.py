@@ -9,7 +9,8 @@ from tuner import jobs
 from tuner.evaluation.evaluations import find_holdout_files, load_subject, record_verdict
 from tuner.evaluation.holdout import Holdout
 from tuner.evaluation.measurement import run_evaluation
-from tuner.jobs import JobFailed, NewEvent
+from tuner.job_events import NewEvent
+from tuner.jobs import JobFailed
 from tuner.work.journal import Journal, Progress
 from tuner.work.lease import Lease
 from tuner.work.workbench import Workbench

@@ -15,7 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from feedback.db import Database
-from tuner.jobs import NewEvent, record_events
+from tuner.job_events import NewEvent
+from tuner.jobs import record_events
 from tuner.tables import Job
 from tuner.work.trainer import Event
 

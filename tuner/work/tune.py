@@ -22,7 +22,8 @@ from feedback.tables import File
 from tuner import jobs
 from tuner.adapters import AdapterFacts, check_adapter
 from tuner.base_models import BaseModel, describe_base
-from tuner.jobs import JobFailed, NewEvent
+from tuner.job_events import NewEvent
+from tuner.jobs import JobFailed
 from tuner.methods import HYPERPARAMETERS, default_of
 from tuner.tables import Job
 from tuner.training.config import TrainingConfig, child_environment

@@ -10,7 +10,7 @@ import pytest
 from feedback.db import Database
 from server.chat.directory import MOST_SERVED, Directory, load_release, load_snapshot
 from server.chat.routing import Snapshot
-from tuner import releases
+from tuner import deployments, moves, releases
 
 pytestmark = pytest.mark.anyio
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def deployed(database: Database) -> Database:
     with database.write() as session:
-        row = releases.create_deployment(
+        row = deployments.create_deployment(
             session,
             name="assistant",
             base_model="tiny",
@@ -30,9 +30,9 @@ def deployed(database: Database) -> Database:
         for number in (1, 2, 3):
             prompt = f"prompt {number}"
             releases.create_release(session, row, adapter=None, system_prompt=prompt, sampling={})
-        releases.move_production(session, "assistant", 1, expected_generation=0)
-        releases.move_production(session, "assistant", 2, expected_generation=1)
-        releases.swap_back(session, "assistant", expected_generation=2)
+        moves.move_production(session, "assistant", 1, expected_generation=0)
+        moves.move_production(session, "assistant", 2, expected_generation=1)
+        moves.swap_back(session, "assistant", expected_generation=2)
     return database
 
 

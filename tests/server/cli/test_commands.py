@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 from server.cli.app import app
 from server.settings import load_settings
 from tests.gateway_fixtures import RunningGateway
-from tuner.releases import create_release, get_deployment
+from tuner.deployments import get_deployment
+from tuner.releases import create_release
 
 
 def burnish(*arguments: str) -> Result:

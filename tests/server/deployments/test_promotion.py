@@ -16,7 +16,7 @@ from server.deployments import promotion
 from server.deployments.promotion import Move
 from tests.fake_engine import BASE, FakeEngine, Faults
 from tests.gateway_fixtures import PROBE, RunningGateway
-from tuner import releases
+from tuner import deployments, moves, releases
 from tuner.tables import Adapter, Release, ReleaseState
 
 CHAT = "/v1/chat/completions"
@@ -232,7 +232,7 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told(
     errors = [result for result in done if isinstance(result, AppError)]
     assert [error.code for error in errors] == ["generation_conflict"]
     with running_gateway.database.read() as session:
-        row = releases.get_deployment(session, "assistant")
+        row = deployments.get_deployment(session, "assistant")
         assert (row.generation, row.previous) == (1, 0)
 
 
@@ -244,7 +244,7 @@ def test_a_move_in_another_gateway_loses_no_generation(sqlite_gateway: RunningGa
 
     async def prepare_while_another_moves(*args: Any, **more: Any) -> Any:
         with sqlite_gateway.database.write() as session:
-            releases.move_production(session, "assistant", 2, expected_generation=0)
+            moves.move_production(session, "assistant", 2, expected_generation=0)
         return await prepare(*args, **more)
 
     fleet.prepare = prepare_while_another_moves  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from server.access.tokens import Grant, sign
 from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer, add_dataset
-from tuner.releases import get_deployment
+from tuner.deployments import get_deployment
 
 
 def _rate(client: httpx.Client, completion_id: str, value: Any = True, **more: Any) -> Any:

@@ -15,9 +15,10 @@ from server.views.tuning_jobs import MethodUsed
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer, add_dataset, add_deployment
 from tuner import jobs
-from tuner.jobs import NewEvent
+from tuner.deployments import get_deployment
+from tuner.job_events import NewEvent
 from tuner.methods import IMPLEMENTED
-from tuner.releases import create_release, get_deployment
+from tuner.releases import create_release
 from tuner.tables import JobKind
 
 

@@ -27,7 +27,8 @@ from server.settings import Settings, WorkerSettings
 from server.setup.upgrade import read_internal_key, recover_admin_key, upgrade
 from server.tables import Key
 from tests.gateway_fixtures import BASE
-from tuner.releases import get_release, list_aliases, list_deployments
+from tuner.deployments import list_aliases, list_deployments
+from tuner.releases import get_release
 
 URL = "http://127.0.0.1:8000"
 

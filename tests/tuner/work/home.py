@@ -26,11 +26,11 @@ from tests.tuner.records import (
     make_candidate,
     supervised,
 )
-from tuner import jobs
+from tuner import job_events, jobs
 from tuner.adapters import CONFIG_FILE, build_adapter_config
 from tuner.base_models import BaseModel, describe_base
+from tuner.deployments import create_deployment, get_deployment
 from tuner.evaluation.evaluations import create_evaluation
-from tuner.releases import create_deployment, get_deployment
 from tuner.tables import Evaluation, Job
 from tuner.tuning import create_tuning_job
 from tuner.work.workbench import WorkerOptions
@@ -154,7 +154,7 @@ class Home:
 
     def events(self, job: Job) -> list[str]:
         with self.database.read() as session:
-            events, _ = jobs.list_events(session, job.id, newest_first=False, limit=100)
+            events, _ = job_events.list_events(session, job.id, newest_first=False, limit=100)
             return [event.message for event in events]
 
     def count(self, table: type[Any]) -> int:

@@ -22,8 +22,9 @@ from tuner.adapters import AdapterFacts
 from tuner.base_models import BaseModel
 from tuner.chat_template import ChatTemplate
 from tuner.control_tokens import ControlTokens
+from tuner.deployments import get_deployment
 from tuner.jobs import JobFailed
-from tuner.releases import get_deployment, move_production
+from tuner.moves import move_production
 from tuner.tables import Job
 from tuner.tuning import create_tuning_job
 from tuner.work import candidates

@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy import text
 
 from feedback.db import Database
-from tuner import jobs
-from tuner.jobs import LeaseLost, NewEvent
+from tuner import job_events, jobs
+from tuner.job_events import NewEvent
+from tuner.jobs import LeaseLost
 from tuner.tables import Job, JobKind
 from tuner.work.journal import Journal, Progress, to_job_events
 
@@ -85,7 +86,7 @@ def claim(database: Database) -> Job:
 
 def told(database: Database, job: Job) -> list[str]:
     with database.read() as session:
-        events, _ = jobs.list_events(session, job.id, newest_first=False, limit=1000)
+        events, _ = job_events.list_events(session, job.id, newest_first=False, limit=1000)
         return [event.message for event in events][2:]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.tuner.gateway import FakeGateway
 from tests.tuner.work.home import Home, ask_to_cancel, in_thread, take_over
-from tuner import jobs
+from tuner import job_events, jobs
 from tuner.adapters import AdapterStore
 from tuner.tables import Adapter, Evaluation, Job, JobStatus, Release
 
@@ -71,7 +71,7 @@ def test_a_paused_job_ends_its_trainer_and_goes_on_when_it_is_resumed(home: Home
     home.begun(job)
     with home.database.write() as session:
         jobs.request_pause(session, job.id)
-        events, _ = jobs.list_events(session, job.id, limit=100)
+        events, _ = job_events.list_events(session, job.id, limit=100)
         (child,) = [event.data["pid"] for event in events if "pid" in event.data]
     thread.join(20)
     assert not thread.is_alive()

@@ -21,9 +21,10 @@ from tests.tuner.records import (
     supervised,
 )
 from tests.tuner.work.home import ROWS, Home, delete_file, in_thread, names_below
-from tuner import jobs
+from tuner import job_events, jobs
 from tuner.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
-from tuner.releases import get_deployment, move_production
+from tuner.deployments import get_deployment
+from tuner.moves import move_production
 from tuner.tables import Adapter, Evaluation, Job, JobStatus, Release
 
 
@@ -53,7 +54,7 @@ def test_a_trainers_steps_are_the_jobs_metrics(home: Home) -> None:
     job = home.tune()
     home.worker().run_one()
     with home.database.read() as session:
-        events, _ = jobs.list_events(session, job.id, newest_first=False, limit=100)
+        events, _ = job_events.list_events(session, job.id, newest_first=False, limit=100)
     (step,) = [event for event in events if event.type == "metrics"]
     assert step.data == {"step": 1, "steps": 2, "epoch": 1, "loss": 0.5}
     assert [event.message for event in events][1:4] == [

@@ -23,9 +23,9 @@ from feedback.tables import Dataset, DatasetStatus
 from tests.feedback.record import ask, make_viewer
 from tests.tuner.records import make_adapter
 from tests.tuner.work.home import Home, make_home, names_below
-from tuner import jobs
+from tuner import job_events, jobs
 from tuner.adapters import AdapterStore
-from tuner.releases import get_deployment
+from tuner.deployments import get_deployment
 from tuner.tables import Evaluation, JobKind, JobStatus
 from tuner.tuning import create_freeze_job, create_tuning_job
 from tuner.work.remains import trainer_place
@@ -278,7 +278,7 @@ def test_a_worker_told_to_stop_gives_its_job_back_and_ends_its_child(
     try:
         home.begun(job)
         with home.database.read() as session:
-            events, _ = jobs.list_events(session, job.id, limit=100)
+            events, _ = job_events.list_events(session, job.id, limit=100)
         (child,) = [event.data["pid"] for event in events if "pid" in event.data]
         process.send_signal(sent)
         assert process.wait(20) == 0
@@ -304,7 +304,7 @@ def test_the_job_of_a_killed_worker_goes_on_and_never_beside_the_old_trainer(hom
         process.kill()
         process.wait()
     with home.database.read() as session:
-        events, _ = jobs.list_events(session, job.id, limit=100)
+        events, _ = job_events.list_events(session, job.id, limit=100)
     (child,) = [event.data["pid"] for event in events if "pid" in event.data]
     worker = home.worker(lease_seconds=0.2)
     try:
