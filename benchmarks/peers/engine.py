@@ -3,7 +3,7 @@
 `python -P benchmarks/peers/engine.py --port 8001 --chunks 32`
 
 It shares the machine with what is measured, so it must cost next to nothing: each reply is made of
-bytes that were written once (by the fake engine's `wire`, which tests compare with a real vLLM),
+bytes that were written once (by the fake engine's `answers`, which tests compare with a real vLLM),
 and the request is searched, not parsed. Plain answers come whole; those of a stream chunk by chunk,
 one in a turn of the event loop. No adapters, no faults: that is the fake engine's work.
 """
@@ -19,7 +19,7 @@ from typing import cast
 
 import uvloop
 
-from tests.fake_engine import wire
+from tests.fake_engine.answers import Answer, compact, model_card
 
 MODEL = "tiny"
 CREATED = 1_700_000_000
@@ -43,7 +43,7 @@ class Replies:
     """What this engine says, with the id of an answer left open."""
 
     def __init__(self, chunks: int) -> None:
-        answer = wire.Answer(
+        answer = Answer(
             chat=True,
             id=_ID,
             model=MODEL,
@@ -54,16 +54,16 @@ class Replies:
         )
         self._whole = answer.whole().split(_ID.encode())
         self._events = {usage: self._stream(answer, usage) for usage in (False, True)}
-        card = wire.model_card(MODEL, f"/models/{MODEL}", None, 8192, CREATED)
+        card = model_card(MODEL, f"/models/{MODEL}", None, 8192, CREATED)
         self._others = {
             b"/health": reply("200 OK", b""),
             b"/metrics": reply("200 OK", b"process_start_time_seconds 1.7e+09\n", "text/plain"),
             b"/version": reply("200 OK", b'{"version":"0.32.0"}'),
-            b"/v1/models": reply("200 OK", wire.compact({"object": "list", "data": [card]})),
+            b"/v1/models": reply("200 OK", compact({"object": "list", "data": [card]})),
         }
 
     @staticmethod
-    def _stream(answer: wire.Answer, usage: bool) -> list[list[bytes]]:
+    def _stream(answer: Answer, usage: bool) -> list[list[bytes]]:
         """Events, each split where the id stands."""
         steps = [event for events in answer.steps(usage_follows=usage) for event in events]
         events = [*answer.opening(), *steps, *answer.closing(usage=usage)]

@@ -1,7 +1,8 @@
 """The fake engine: vLLM's paths over `Slots` and `Answer`, with faults that tests switch.
 
 Owns: what each path answers, the counts that tests read, and the thread or process the server runs
-in. Does not own: connections (`http.py`), bytes (`wire.py`), signatures and slots (`weights.py`).
+in. Does not own: connections (`serving.py`), the shape of answers (`answers.py`), signatures and
+slots (`weights.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import random
 import socket
 import threading
@@ -18,17 +18,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from types import TracebackType
 from typing import Any
 
 import uvloop
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.engines.base import EngineAddress
-from tests.fake_engine import wire
+from tests.fake_engine.answers import DONE, Answer, compact, error, model_card
 from tests.fake_engine.faults import Faults
-from tests.fake_engine.http import Connection, Exchange, Waiting
 from tests.fake_engine.requests import GenerationRequest, Refusal, read_request, refuse_tools
+from tests.fake_engine.serving import hang_up, send_events, serve, start_stream, while_connected
 from tests.fake_engine.weights import (
     ANSWER_TOKENS,
     BASE,
@@ -91,23 +97,10 @@ class FakeEngine:
         self._changed = threading.Condition()
         self._random = random.Random(0)
         self._started = 0.0
-        self._connections: set[Connection] = set()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._turns: list[asyncio.Future[None]] = []
-        self._routes: dict[str, tuple[str, Callable[[Exchange], Waiting | None]]] = {
-            "/health": ("GET", self._health),
-            "/metrics": ("GET", self._metrics),
-            "/version": ("GET", self._version),
-            "/v1/models": ("GET", self._models),
-            "/v1/chat/completions": ("POST", self._generate),
-            "/v1/completions": ("POST", self._generate),
-            "/v1/load_lora_adapter": ("POST", self._load),
-            "/v1/unload_lora_adapter": ("POST", self._unload),
-            "/tokenize": ("POST", self._tokenize),
-            "/fake/faults": ("POST", self._set_faults),
-            "/fake/state": ("GET", self._state),
-        }
+        self._app = self._build_app()
         self.restart()
 
     # What tests hold
@@ -184,62 +177,61 @@ class FakeEngine:
 
     def _run(self, listener: socket.socket) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve(listener))
+            runner.run(serve(self, listener, self._stop))
 
-    async def _serve(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(
-            lambda: Connection(self._handle, self._connections), sock=listener
-        )
-        await asyncio.to_thread(self._stop.wait)
-        server.close()
-        # Whatever a client hasn't read yet would keep its connection open beyond the loop's end.
-        await asyncio.gather(*(connection.abort() for connection in list(self._connections)))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it; below `/v1` it needs the key."""
+        may = self._is_authorised(scope) or not scope["path"].startswith("/v1")
+        app = self._app if may else _json({"error": "Unauthorized"}, 401)
+        await app(scope, receive, send)
 
-    def _handle(self, exchange: Exchange) -> Waiting | None:
-        """Answer one request, or return what answers it in time."""
-        if exchange.path.startswith("/v1") and not self._is_authorised(exchange):
-            exchange.reply(401, b'{"error":"Unauthorized"}')
-            return None
-        method, answer = self._routes.get(exchange.path, (exchange.method, _not_found))
-        if method != exchange.method:
-            exchange.reply(405, b'{"detail":"Method Not Allowed"}')
-            return None
-        try:
-            waiting = answer(exchange)
-        except Refusal as refusal:
-            exchange.reply(refusal.status, refusal.reply)
-            return None
-        return waiting and _refusing(exchange, waiting)
-
-    def _is_authorised(self, exchange: Exchange) -> bool:
-        sent = exchange.headers.get(b"authorization", b"")
+    def _is_authorised(self, scope: Scope) -> bool:
+        sent = dict(scope["headers"]).get(b"authorization", b"")
         return self.api_key is None or hmac.compare_digest(sent, f"Bearer {self.api_key}".encode())
 
-    def _body(self, exchange: Exchange) -> tuple[dict[str, Any], str | None]:
+    def _build_app(self) -> FastAPI:
+        """vLLM's paths, and two of our own; other paths and methods are refused as vLLM does."""
+        app = FastAPI(openapi_url=None)
+        app.add_exception_handler(Refusal, _refuse)
+        for method, path, answer in (
+            ("GET", "/health", self._health),
+            ("GET", "/metrics", self._metrics),
+            ("GET", "/version", self._version),
+            ("GET", "/v1/models", self._models),
+            ("POST", "/v1/chat/completions", self._generate),
+            ("POST", "/v1/completions", self._generate),
+            ("POST", "/v1/load_lora_adapter", self._load),
+            ("POST", "/v1/unload_lora_adapter", self._unload),
+            ("POST", "/tokenize", self._tokenize),
+            ("POST", "/fake/faults", self._set_faults),
+            ("GET", "/fake/state", self._state),
+        ):
+            app.add_route(path, answer, methods=[method])
+        return app
+
+    async def _body(self, request: Request) -> tuple[dict[str, Any], str | None]:
         """The JSON object that was sent, which is recorded, and the request's id."""
         try:
-            body = json.loads(exchange.body)
+            body = await request.json()
         except ValueError:
             body = None
         if not isinstance(body, dict):
             raise Refusal(400, "1 validation error:\n  JSON decode error", "Bad Request", "body")
-        sent_id = exchange.headers.get(b"x-request-id")
-        request_id = sent_id.decode() if sent_id is not None else None
-        self.requests.append(RecordedRequest(exchange.path, request_id, body))
+        request_id = request.headers.get("x-request-id")
+        self.requests.append(RecordedRequest(request.scope["path"], request_id, body))
         return body, request_id
 
     # Generation
 
-    def _generate(self, exchange: Exchange) -> Waiting | None:
-        body, request_id = self._body(exchange)
+    async def _generate(self, http: Request) -> ASGIApp:
+        body, request_id = await self._body(http)
         adapter = self._find(body)
         faults = self.faults
         if faults.lacks_tool_parser:
             refuse_tools(body)
         request = read_request(
             body,
-            chat=exchange.path == "/v1/chat/completions",
+            chat=http.scope["path"] == "/v1/chat/completions",
             request_id=request_id,
             model=faults.answers_as or (adapter.name if adapter else self.model),
             answer_tokens=self.answer_tokens,
@@ -247,64 +239,54 @@ class FakeEngine:
             default_system=self.default_system,
         )
         if faults.hangs_up:
-            exchange.hang_up()
-            return None
+            return hang_up
         if faults.says is not None:
-            exchange.reply(200, faults.says.encode())
-            return None
+            return _json(faults.says.encode())
         if faults.error_status is not None:
             raise Refusal(faults.error_status, DEAD, "InternalServerError")
         if faults.takes_time or not self.slots.has_room(adapter):
-            return self._generate_slowly(exchange, request, adapter, faults)
+            return while_connected(partial(self._generate_slowly, request, adapter, faults))
         with self._generation(adapter) as signature:
             answer = request.answer(signature, self._figures)
-            if request.stream:
-                steps = chain.from_iterable(answer.steps(usage_follows=request.usage))
-                exchange.start_stream()
-                exchange.send([*answer.opening(), *steps, *answer.closing(usage=request.usage)])
-                exchange.end()
-            else:
-                exchange.reply(200, answer.whole())
             self.tokens += answer.completion_tokens
-        return None
+        return _at_once(request, answer)
 
     async def _generate_slowly(
         self,
-        exchange: Exchange,
         request: GenerationRequest,
         adapter: Adapter | None,
         faults: Faults,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         await self._admit(adapter)
         with self._generation(adapter) as signature:
             answer = request.answer(signature, self._figures)
             if request.stream:
-                exchange.start_stream()
+                await start_stream(send)
             await asyncio.sleep(faults.first_token_seconds)
             if request.stream:
-                exchange.send(answer.opening())
+                await send_events(send, answer.opening())
             steps = answer.steps(usage_follows=request.usage, endless=faults.endless)
             for at, events in enumerate(steps):
                 if at == faults.dies_after_tokens:
-                    exchange.hang_up()
+                    await hang_up(scope, receive, send)
                     return
                 if at == faults.errs_after_tokens:
-                    failure = wire.error(500, DEAD, "InternalServerError")
-                    exchange.send([b"data: %b\n\n" % failure, wire.DONE])
-                    exchange.end()
+                    failure = error(500, DEAD, "InternalServerError")
+                    await send_events(send, [b"data: %b\n\n" % failure, DONE], last=True)
                     return
                 if at == faults.stalls_after_tokens:
                     await asyncio.get_running_loop().create_future()  # until the client goes
                 self.tokens += len(events)
                 if request.stream:
-                    exchange.send(events)
-                    await exchange.drain()
+                    await send_events(send, events)
                 await asyncio.sleep(max(faults.token_seconds, 0.001 if faults.endless else 0))
             if request.stream:
-                exchange.send(answer.closing(usage=request.usage))
-                exchange.end()
+                await send_events(send, answer.closing(usage=request.usage), last=True)
             else:
-                exchange.reply(200, answer.whole())
+                await _json(answer.whole())(scope, receive, send)
 
     async def _admit(self, adapter: Adapter | None) -> None:
         """Wait while as many other adapters run as there are slots."""
@@ -385,8 +367,8 @@ class FakeEngine:
             return hashlib.sha256(signature.encode()).hexdigest()[:8]
         return signature
 
-    def _load(self, exchange: Exchange) -> None:
-        body, _ = self._body(exchange)
+    async def _load(self, request: Request) -> Response:
+        body, _ = await self._body(request)
         name, path = body.get("lora_name"), body.get("lora_path")
         bad = "InvalidUserInput"
         if not name or not path:
@@ -410,32 +392,31 @@ class FakeEngine:
             message = f"Loading lora {name} failed: No adapter found for <path>"
             raise Refusal(404, message, "NotFoundError") from None
         self._count()
-        exchange.reply(200, f"Success: LoRA adapter '{name}' added successfully.".encode(), None)
+        return Response(f"Success: LoRA adapter '{name}' added successfully.")
 
-    def _unload(self, exchange: Exchange) -> None:
-        body, _ = self._body(exchange)
+    async def _unload(self, request: Request) -> Response:
+        body, _ = await self._body(request)
         name = body.get("lora_name")
         if self.slots.served.pop(str(name), None) is None:
             raise Refusal(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
         self._count()
-        exchange.reply(200, f"Success: LoRA adapter '{name}' removed successfully.".encode(), None)
+        return Response(f"Success: LoRA adapter '{name}' removed successfully.")
 
     # The rest
 
-    def _models(self, exchange: Exchange) -> None:
+    async def _models(self, request: Request) -> Response:
         now = int(time.time())
-        base = wire.model_card(self.model, self.root, None, self.max_model_len, now)
+        base = model_card(self.model, self.root, None, self.max_model_len, now)
         adapters = (
-            wire.model_card(adapter.name, adapter.path, self.model, None, now)
+            model_card(adapter.name, adapter.path, self.model, None, now)
             for adapter in self.slots.served.values()
         )
-        exchange.reply(200, wire.compact({"object": "list", "data": [base, *adapters]}))
+        return _json({"object": "list", "data": [base, *adapters]})
 
-    def _tokenize(self, exchange: Exchange) -> None:
+    async def _tokenize(self, request: Request) -> Response:
         if self.faults.lacks_tokenize:
-            _not_found(exchange)
-            return
-        body, _ = self._body(exchange)
+            raise HTTPException(404)
+        body, _ = await self._body(request)
         self._find(body)
         if "messages" in body:
             generate = body.get("add_generation_prompt", True)
@@ -447,15 +428,15 @@ class FakeEngine:
         else:
             tokens = list(str(body.get("prompt")).encode())
         counts = {"count": len(tokens), "max_model_len": self.max_model_len}
-        exchange.reply(200, wire.compact({**counts, "tokens": tokens, "token_strs": None}))
+        return _json({**counts, "tokens": tokens, "token_strs": None})
 
-    def _health(self, exchange: Exchange) -> None:
-        exchange.reply(503 if self.dead else 200, b"", None)
+    async def _health(self, request: Request) -> Response:
+        return Response(status_code=503 if self.dead else 200)
 
-    def _version(self, exchange: Exchange) -> None:
-        exchange.reply(200, b'{"version":"0.32.0"}')
+    async def _version(self, request: Request) -> Response:
+        return _json({"version": "0.32.0"})
 
-    def _metrics(self, exchange: Exchange) -> None:
+    async def _metrics(self, request: Request) -> Response:
         label = f'engine="0",model_name="{self.model}"'
         text = (
             f"process_start_time_seconds {self._started:.2f}\n"
@@ -466,26 +447,39 @@ class FakeEngine:
         if self.finished:  # vLLM says nothing of its slots before
             names = 'running_lora_adapters="",waiting_lora_adapters=""'
             text += f'vllm:lora_requests_info{{max_lora="{self._sizes[0]}",{names}}} 1.0\n'
-        exchange.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        return Response(text, media_type="text/plain; version=0.0.4")
 
-    def _set_faults(self, exchange: Exchange) -> None:
+    async def _set_faults(self, request: Request) -> Response:
         try:
-            self.faults = Faults(**json.loads(exchange.body))
-        except (TypeError, ValueError) as error:
-            raise Refusal(400, str(error), "BadRequestError") from None
-        exchange.reply(200, wire.compact(asdict(self.faults)))
+            self.faults = Faults(**await request.json())
+        except (TypeError, ValueError) as wrong:
+            raise Refusal(400, str(wrong), "BadRequestError") from None
+        return _json(asdict(self.faults))
 
-    def _state(self, exchange: Exchange) -> None:
+    async def _state(self, request: Request) -> Response:
         recorded = [asdict(request) for request in list(self.requests)]
-        exchange.reply(200, wire.compact({**self.state(), "requests": recorded}))
+        return _json({**self.state(), "requests": recorded})
 
 
-def _not_found(exchange: Exchange) -> None:
-    exchange.reply(404, b'{"detail":"Not Found"}')
+def _json(value: Any, status: int = 200) -> Response:
+    """`value` as JSON; bytes are JSON already."""
+    body = value if isinstance(value, bytes) else compact(value)
+    return Response(body, status, media_type="application/json")
 
 
-async def _refusing(exchange: Exchange, waiting: Waiting) -> None:
-    try:
-        await waiting
-    except Refusal as refusal:
-        exchange.reply(refusal.status, refusal.reply)
+def _at_once(request: GenerationRequest, answer: Answer) -> ASGIApp:
+    """An answer that takes no time."""
+    if not request.stream:
+        return _json(answer.whole())
+
+    async def run(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await start_stream(send)
+        steps = answer.steps(usage_follows=request.usage)
+        events = chain(answer.opening(), *steps, answer.closing(usage=request.usage))
+        await send_events(send, events, last=True)
+
+    return run
+
+
+async def _refuse(_request: Request, refusal: Refusal) -> Response:
+    return _json(refusal.reply, refusal.status)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.fake_engine import wire
+from tests.fake_engine.answers import Answer, Call, Forced, compact, error
 from tests.fake_engine.instances import build_instance
 from tests.fake_engine.weights import answer_pieces, fake_tokens
 
@@ -30,7 +30,7 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, kind: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.reply = wire.error(status, message, kind, param)
+        self.reply = error(status, message, kind, param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class GenerationRequest:
     wants_figures: bool
     schema: Mapping[str, Any] | None  #: of an answer in JSON
     tools: Sequence[Mapping[str, Any]]  #: the functions that are called instead of an answer
-    forced: wire.Forced  #: how far the request says so
+    forced: Forced  #: how far the request says so
 
-    def answer(self, signature: str, figures: Figures) -> wire.Answer:
+    def answer(self, signature: str, figures: Figures) -> Answer:
         """What the weights of `signature` say."""
         every = [(prompt, ids) for prompt, ids in zip(self.prompts, self.token_ids, strict=True)]
         said = "".join(answer_pieces(signature, self.prompts[0], 0, 3))
@@ -68,7 +68,7 @@ class GenerationRequest:
             pieces = _json_pieces(self.schema, said)
             cut = cut and len(pieces) > self.tokens
             choices = [pieces[: self.tokens] if cut else pieces for _ in choices]
-        return wire.Answer(
+        return Answer(
             chat=self.chat,
             id=self.id,
             model=self.model,
@@ -169,7 +169,7 @@ def refuse_tools(body: Mapping[str, Any]) -> None:
     raise Refusal(400, message, "BadRequestError")
 
 
-def _chosen_tools(body: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], wire.Forced]:
+def _chosen_tools(body: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], Forced]:
     """The functions that the answer calls, and how far the request said so.
 
     Left to itself, the fake calls each of them once, and answers in words when results are there.
@@ -200,14 +200,14 @@ def _schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     return JSON_OBJECT if kind == "json_object" else response_format["json_schema"]["schema"]
 
 
-def _call(function: Mapping[str, Any], text: str) -> wire.Call:
+def _call(function: Mapping[str, Any], text: str) -> Call:
     schema = function.get("parameters") or {"type": "object"}
-    return wire.Call(function["name"], _json_pieces(schema, text))
+    return Call(function["name"], _json_pieces(schema, text))
 
 
 def _json_pieces(schema: Mapping[str, Any], text: str) -> list[str]:
     """An instance of the schema, four characters a token."""
-    said = wire.compact(build_instance(schema, text)).decode()
+    said = compact(build_instance(schema, text)).decode()
     return [said[at : at + 4] for at in range(0, len(said), 4)]
 
 

@@ -2,7 +2,7 @@
 
 Owns: signatures, the answers and figures that follow from them, and which adapters are in memory.
 Tests call the same functions to know what to expect. Does not own: HTTP, and the bytes of a reply
-(`wire.py`).
+(`answers.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bytes of vLLM 0.32: compact JSON, its keys in its order.
+"""Answers as vLLM 0.32 writes them: compact JSON, its keys in its order.
 
 Owns: shapes. Pure; tests compare them with a real server's. Does not own: what an answer says.
 """
@@ -10,12 +10,13 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from json.encoder import encode_basestring
 from typing import Any, Literal
 
 FINGERPRINT = "vllm-0.32.0-00000000"
-_FINGERPRINT = b',"system_fingerprint":"%b"' % FINGERPRINT.encode()
 DONE = b"data: [DONE]\n\n"
+NOTHING: Mapping[str, Any] = {}
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 Forced = Literal["required", "named"] | None
 """What a request says about calls: some function, this function, or nothing."""
@@ -23,9 +24,7 @@ Forced = Literal["required", "named"] | None
 
 def compact(value: Any) -> bytes:
     """JSON as vLLM writes it: no spaces, text unescaped."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(
-        errors="surrogatepass"
-    )
+    return _encode(value).encode(errors="surrogatepass")
 
 
 def error(status: int, message: str, kind: str, param: str | None = None) -> bytes:
@@ -113,57 +112,41 @@ class Answer:
         """The events before the first token: a chat names the role of each choice."""
         if not self.chat:
             return []
-        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        prompt = b'"prompt_token_ids":null,"prompt_text":null'
-        head = self._head()
-        return [b"%b%d,%b}],%b}\n\n" % (head, at, delta, prompt) for at in range(len(self.choices))]
+        delta = {"role": "assistant", "content": ""}
+        prompt = {"prompt_token_ids": None, "prompt_text": None}
+        return [self._event([_delta(index, delta)], prompt) for index in range(len(self.choices))]
 
     def steps(self, *, usage_follows: bool, endless: bool = False) -> Iterator[list[bytes]]:
         """One token of every choice at a time; the last carry the finish reason.
 
         `endless` never gets there.
         """
-        head, fingerprint = self._head(), b"" if usage_follows else _FINGERPRINT
+        closing = {} if usage_follows else {"system_fingerprint": FINGERPRINT}
+        indices = range(len(self.choices))
         if self.calls:
-            yield from self._steps_of_calls(head, fingerprint)
+            for part in self._parts_of_calls():
+                delta = {"content": None, "tool_calls": [part]}
+                yield [self._event([_delta(i, delta, token_ids=None)]) for i in indices]
+            yield [self._event([_delta(i, {}, **self._ending())], closing) for i in indices]
             return
         tokens = zip(
             *(cycle(pieces) if endless else pieces for pieces in self.choices), strict=True
         )
         last = len(self.choices[0]) - 1 if self.cut and not endless else None
         for at, step in enumerate(tokens):
-            if at == last:
-                yield [
-                    self._event(head, i, text, b'"length"', fingerprint)
-                    for i, text in enumerate(step)
-                ]
-            else:
-                yield [self._event(head, i, text) for i, text in enumerate(step)]
+            yield [
+                self._event([self._piece(i, text, ends=at == last)], closing if at == last else {})
+                for i, text in enumerate(step)
+            ]
         if not self.cut:
-            count = len(self.choices)
-            yield [self._event(head, i, "", b'"stop"', fingerprint) for i in range(count)]
-
-    def _steps_of_calls(self, head: bytes, fingerprint: bytes) -> Iterator[list[bytes]]:
-        """For each call its name, then its arguments; at last a delta without anything."""
-        choices = range(len(self.choices))
-        for at, call in enumerate(self.calls):
-            named = {"type": "function", "index": at, "function": {"name": call.name}}
-            yield [self._event_of_call(head, i, {"id": _call_id(), **named}) for i in choices]
-            for piece in call.pieces:
-                part = {"index": at, "function": {"arguments": piece}}
-                yield [self._event_of_call(head, i, part) for i in choices]
-        shape = (
-            b'%b%d,"delta":{},"logprobs":null,"finish_reason":"%b","stop_reason":null,'
-            b'"token_ids":null}]%b}\n\n'
-        )
-        yield [shape % (head, i, self._reason().encode(), fingerprint) for i in choices]
+            yield [self._event([self._piece(i, "", ends=True)], closing) for i in indices]
 
     def closing(self, *, usage: bool) -> list[bytes]:
         """The events after the last token."""
         if not usage:
             return [DONE]
-        tail = compact({"usage": self._usage(), "system_fingerprint": FINGERPRINT})[1:]
-        return [b"data: {%b,%b\n\n" % (self._prefix() + b'"choices":[]', tail), DONE]
+        tail = {"usage": self._usage(), "system_fingerprint": FINGERPRINT}
+        return [self._event([], tail), DONE]
 
     @property
     def completion_tokens(self) -> int:
@@ -185,7 +168,7 @@ class Answer:
 
     def _choice(self, index: int) -> dict[str, Any]:
         text = "".join(self.choices[index])
-        ending = {"finish_reason": self._reason(), "stop_reason": None, "token_ids": None}
+        ending = self._ending()
         if not self.chat:
             figures = self.prompt_logprobs[index] if self.prompt_logprobs else None
             prompt = {"prompt_logprobs": figures, "prompt_token_ids": None, "routed_experts": None}
@@ -215,37 +198,35 @@ class Answer:
             | {"routed_experts": None}
         )
 
-    def _prefix(self) -> bytes:
+    def _ending(self) -> dict[str, Any]:
+        return {"finish_reason": self._reason(), "stop_reason": None, "token_ids": None}
+
+    def _event(self, choices: list[dict[str, Any]], tail: Mapping[str, Any] = NOTHING) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return compact(head)[1:-1] + b","
+        return b"data: %b\n\n" % compact({**head, "choices": choices, **tail})
 
-    def _head(self) -> bytes:
-        """An event as far as its choice's index."""
-        return b'data: {%b"choices":[{"index":' % self._prefix()
-
-    def _event(
-        self, head: bytes, index: int, text: str, reason: bytes = b"null", fingerprint: bytes = b""
-    ) -> bytes:
+    def _piece(self, index: int, text: str, *, ends: bool) -> dict[str, Any]:
         """One token of one choice."""
-        stop = b'"stop_reason":null,' if reason != b"null" or not self.chat else b""
+        ending = self._ending() if ends else {"finish_reason": None, "token_ids": None}
         if self.chat:
-            shape = (
-                b'%b%d,"delta":{"content":%b},"logprobs":null,"finish_reason":%b,%b'
-                b'"token_ids":null}]%b}\n\n'
-            )
-        else:
-            shape = (
-                b'%b%d,"text":%b,"logprobs":null,"finish_reason":%b,%b'
-                b'"prompt_token_ids":null,"token_ids":null}]%b}\n\n'
-            )
-        return shape % (head, index, encode_basestring(text).encode(), reason, stop, fingerprint)
+            return _delta(index, {"content": text}, **ending)
+        ids = {"prompt_token_ids": None, "token_ids": None}
+        reason = {"finish_reason": ending["finish_reason"], "stop_reason": None}
+        return {"index": index, "text": text, "logprobs": None, **reason, **ids}
 
-    def _event_of_call(self, head: bytes, index: int, part: Mapping[str, Any]) -> bytes:
-        """A part of one call of one choice."""
-        delta = compact({"content": None, "tool_calls": [part]})
-        shape = b'%b%d,"delta":%b,"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
-        return shape % (head, index, delta)
+    def _parts_of_calls(self) -> Iterator[dict[str, Any]]:
+        """For each call its name, then its arguments."""
+        for at, call in enumerate(self.calls):
+            named = {"type": "function", "index": at, "function": {"name": call.name}}
+            yield {"id": _call_id(), **named}
+            for piece in call.pieces:
+                yield {"index": at, "function": {"arguments": piece}}
+
+
+def _delta(index: int, delta: Mapping[str, Any], **ending: Any) -> dict[str, Any]:
+    """A choice in a chat's event; without `ending` it goes on."""
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **ending}
 
 
 def _call_id() -> str:
