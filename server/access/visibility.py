@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import or_, select, true
 from sqlalchemy.orm import Session
 
 from feedback import audit
@@ -111,6 +111,32 @@ def get_file(session: Session, caller: Caller, file_id: str, *, param: str | Non
     elif row is not None and (sees_all_uploads(caller) or row.person_id == caller.person_id):
         return row
     raise _unknown("file", file_id, "files", param)
+
+
+def list_files(
+    session: Session,
+    caller: Caller,
+    *,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: int = 20,
+    descending: bool = True,
+) -> tuple[list[File], bool]:
+    """A page of the files that `get_file` finds for the caller, and whether more follow."""
+    of_datasets = select(Dataset.id)
+    if caller.key.deployments is not None:
+        of_datasets = of_datasets.where(Dataset.deployment.in_(caller.key.deployments))
+    theirs = true() if sees_all_uploads(caller) else File.person_id == caller.person_id
+    own = File.dataset_id.is_(None) & theirs
+    query = select(File).where(or_(File.dataset_id.in_(of_datasets), own))
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    if after is not None:
+        last = get_file(session, caller, after, param="after").id
+        query = query.where(File.id < last if descending else File.id > last)
+    by = File.id.desc() if descending else File.id.asc()
+    rows = session.scalars(query.order_by(by).limit(limit + 1)).all()
+    return list(rows[:limit]), len(rows) > limit
 
 
 def sees_all_uploads(caller: Caller) -> bool:

@@ -14,17 +14,17 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
-from sqlalchemy import or_, select, true
 
 from feedback import uploads
 from feedback.errors import BadRequest, Conflict, NotFound
 from feedback.formats.records import Limits
 from feedback.formats.rows import FORMATS
 from feedback.reading import Abandoned, Effort
-from feedback.tables import Dataset, File
+from feedback.tables import File
 from feedback.uploads import Incoming, Quota, Upload
+from server.access import visibility
 from server.access.keyring import Caller
-from server.access.visibility import append_audit, get_file, sees_all_uploads
+from server.access.visibility import append_audit, get_file
 from server.chat.request import IGNORED_HEADER
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.multipart import Form, receive_form
@@ -102,21 +102,10 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:
     """Uploads, and files of the data sets that the caller sees."""
-    of_datasets = select(Dataset.id)
-    if caller.key.deployments is not None:
-        of_datasets = of_datasets.where(Dataset.deployment.in_(caller.key.deployments))
-    theirs = true() if sees_all_uploads(caller) else File.person_id == caller.person_id
-    own = File.dataset_id.is_(None) & theirs
-    query = select(File).where(or_(File.dataset_id.in_(of_datasets), own))
-    if purpose is not None:
-        query = query.where(File.purpose == purpose)
-    if after is not None:
-        last = get_file(session, caller, after, param="after").id
-        query = query.where(File.id > last if order == "asc" else File.id < last)
-    by = File.id.asc() if order == "asc" else File.id.desc()
-    rows = session.scalars(query.order_by(by).limit(limit + 1)).all()
-    data = gateway.settings.data
-    return page([view_file(row, data) for row in rows[:limit]], len(rows) > limit)
+    rows, has_more = visibility.list_files(
+        session, caller, purpose=purpose, after=after, limit=limit, descending=order == "desc"
+    )
+    return page([view_file(row, gateway.settings.data) for row in rows], has_more)
 
 
 @router.get("/{file_id}")
