@@ -108,7 +108,7 @@ def get_file(session: Session, caller: Caller, file_id: str, *, param: str | Non
         dataset = session.get(Dataset, row.dataset_id)
         if dataset is not None and sees(caller, dataset.deployment):
             return row
-    elif row is not None and (sees_all_uploads(caller) or row.person_id == caller.person_id):
+    elif row is not None and (_sees_all_uploads(caller) or row.person_id == caller.person_id):
         return row
     raise _unknown("file", file_id, "files", param)
 
@@ -126,7 +126,7 @@ def list_files(
     of_datasets = select(Dataset.id)
     if caller.key.deployments is not None:
         of_datasets = of_datasets.where(Dataset.deployment.in_(caller.key.deployments))
-    theirs = true() if sees_all_uploads(caller) else File.person_id == caller.person_id
+    theirs = true() if _sees_all_uploads(caller) else File.person_id == caller.person_id
     own = File.dataset_id.is_(None) & theirs
     query = select(File).where(or_(File.dataset_id.in_(of_datasets), own))
     if purpose is not None:
@@ -139,7 +139,7 @@ def list_files(
     return list(rows[:limit]), len(rows) > limit
 
 
-def sees_all_uploads(caller: Caller) -> bool:
+def _sees_all_uploads(caller: Caller) -> bool:
     """Uploads belong to nobody's deployment, so an administrator's key must reach all of them."""
     return caller.key.allows(Scope.ADMIN) and caller.key.deployments is None
 

@@ -35,6 +35,17 @@ class ComparisonCreate(Body):
     )
     id: str | None = None
 
+    def to_comparison(self) -> NewComparison:
+        return NewComparison(
+            completion_ids=self.completion_ids,
+            preferred=self.preferred,
+            choice_indexes=self.choice_indexes,
+            comment=self.comment,
+            source_type=self.source.type,
+            source_id=self.source.id,
+            client_id=self.id,
+        )
+
 
 @router.post(
     "",
@@ -45,19 +56,9 @@ def give_comparison(
     body: ComparisonCreate, caller: CallerDep, gateway: GatewayDep, response: Response
 ) -> ComparisonObject:
     """Say which of two answers is better."""
-    new = NewComparison(
-        completion_ids=body.completion_ids,
-        preferred=body.preferred,
-        choice_indexes=body.choice_indexes,
-        comment=body.comment,
-        source_type=body.source.type,
-        source_id=body.source.id,
-        client_id=body.id,
-    )
     with gateway.database.write() as session:
-        row, created = compare(
-            session, caller.editor(), new, person_id=person_of(session, caller, body.user)
-        )
+        person_id = person_of(session, caller, body.user)
+        row, created = compare(session, caller.editor(), body.to_comparison(), person_id=person_id)
     response.status_code = 201 if created else 200
     # What it teaches takes reading long texts: not while the write lock is held.
     with gateway.database.read() as session:

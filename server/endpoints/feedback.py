@@ -69,6 +69,22 @@ class FeedbackCreate(Body):
         default=None, description="The client's own id: the same verdict sent twice counts once."
     )
 
+    def to_judgement(self) -> NewJudgement:
+        return NewJudgement(
+            kind=self.kind,
+            value=self.value,
+            completion_id=self.completion_id,
+            conversation_id=self.conversation_id,
+            choice_index=self.choice_index,
+            name=self.name,
+            comment=self.comment,
+            reasons=self.reasons,
+            metadata=self.metadata,
+            source_type=self.source.type,
+            source_id=self.source.id,
+            client_id=self.id,
+        )
+
 
 @router.post(
     "",
@@ -85,7 +101,7 @@ def give_feedback(
             _check_grant(grant, body)
             # The token names the answer; whoever made it saw it.
             viewer, person_id = replace(viewer, sees_all=True), grant.person_id
-        row, created = judgements.judge(session, viewer, _judgement(body), person_id=person_id)
+        row, created = judgements.judge(session, viewer, body.to_judgement(), person_id=person_id)
     response.status_code = 201 if created else 200
     gateway.figures.judgements.add(body.kind, body.source.type)
     # What it teaches takes reading long texts: not while the write lock is held.
@@ -178,20 +194,3 @@ def _check_grant(grant: Grant, body: FeedbackCreate) -> None:
     """Raises Forbidden for anything but the answer of the token."""
     if body.completion_id != grant.answer_id or body.conversation_id is not None:
         raise Forbidden(f"this feedback token judges {grant.answer_id!r} alone")
-
-
-def _judgement(body: FeedbackCreate) -> NewJudgement:
-    return NewJudgement(
-        kind=body.kind,
-        value=body.value,
-        completion_id=body.completion_id,
-        conversation_id=body.conversation_id,
-        choice_index=body.choice_index,
-        name=body.name,
-        comment=body.comment,
-        reasons=body.reasons,
-        metadata=body.metadata,
-        source_type=body.source.type,
-        source_id=body.source.id,
-        client_id=body.id,
-    )
