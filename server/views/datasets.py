@@ -16,7 +16,7 @@ from server.views.objects import one_of, unix
 
 
 class DatasetObject(TypedDict):
-    """What `feedback.datasets.describe_dataset` tells. A kind without rows has no file: null."""
+    """Judged answers, frozen. A kind without rows has no file: null."""
 
     id: str
     object: Literal["dataset"]
