@@ -40,7 +40,7 @@ Aliases = Annotated[list[str], Field(max_length=64)]
 
 
 class SamplingDefaults(Part):
-    """What requests that say nothing are sampled with; bounds as in `wire.Sampling`."""
+    """What requests that say nothing are sampled with; bounds as in a chat request."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

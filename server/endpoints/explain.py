@@ -16,7 +16,7 @@ router = APIRouter(tags=["releases"])
 
 
 class ReleaseExplained(TypedDict):
-    """Where a release comes from (`tuner.explain.explain_release`)."""
+    """Where a release comes from."""
 
     release: dict[str, Any]
     adapter: dict[str, Any] | None
@@ -28,7 +28,7 @@ class ReleaseExplained(TypedDict):
 
 
 class AnswerExplained(TypedDict):
-    """What became of an answer (`tuner.explain.explain_answer`)."""
+    """What became of an answer."""
 
     answer: dict[str, Any]
     judgements: list[dict[str, Any]]

@@ -99,6 +99,9 @@ def test_the_description_names_every_public_route_and_the_shapes_of_its_replies(
     shapes = document["components"]["schemas"]
     assert shapes["ErrorReply"]["required"] == ["error"]
     assert shapes["ErrorObject"]["required"] == ["message", "type", "param", "code"]
+    for name, shape in shapes.items():
+        ours = re.search(r"`(feedback|server|tuner|wire)\.", shape.get("description", ""))
+        assert ours is None, f"{name} names a module of ours to those who call"
     envelope = {"$ref": "#/components/schemas/ErrorReply"}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
