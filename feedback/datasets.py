@@ -51,9 +51,6 @@ ROWS_PER_WRITE = 500
 NO_ROWS: Mapping[str, int] = dict.fromkeys((*map(str, ExampleKind), str(Side.HOLDOUT)), 0)
 """The counts of a data set without rows: examples by kind, and those that are held out."""
 
-Check = Callable[[], None]
-"""Called between pages; what it raises ends the freeze."""
-
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
@@ -118,11 +115,12 @@ def list_dataset_files(session: Session, dataset_id: str) -> list[File]:
     return list(session.scalars(statement.order_by(File.kind, File.side.desc(), File.dialect)))
 
 
-def freeze(database: Database, dataset_id: str, *, data: Path, check: Check) -> Frozen:
+def freeze(database: Database, dataset_id: str, *, data: Path, check: Callable[[], None]) -> Frozen:
     """Write the data set's files and rows; `finish_freeze` makes it ready.
 
     The files lie below `data / "datasets" / <id>` all at once or not at all, and what an earlier
-    attempt left is removed. Raises NotFound, and Conflict for a data set that is ready.
+    attempt left is removed. `check` is called between pages; what it raises ends the freeze. Raises
+    NotFound, and Conflict for a data set that is ready.
     """
     with database.write() as session:
         dataset = _lock_unfinished(session, dataset_id)
@@ -223,7 +221,7 @@ def what_became(session: Session, verdict_id: str) -> dict[str, list[dict[str, A
 
 
 def _write(
-    database: Database, dataset: Dataset, policy: Policy, folder: Path, check: Check
+    database: Database, dataset: Dataset, policy: Policy, folder: Path, check: Callable[[], None]
 ) -> Frozen:
     """Extract, select, and write everything to `folder`, which no one else knows yet."""
     with Spool(folder / "rows.spool") as rows, Spool(folder / "drops.spool") as drops:
@@ -290,7 +288,7 @@ def _make_compact(feature: Feature, position: int) -> Feature:
 
 
 def _replace_rows(
-    database: Database, dataset_id: str, chosen: Sequence[Chosen], check: Check
+    database: Database, dataset_id: str, chosen: Sequence[Chosen], check: Callable[[], None]
 ) -> None:
     """Write which answer became which example; an earlier attempt's rows are removed first."""
     earlier = (
@@ -329,7 +327,9 @@ def _replace_rows(
             session.execute(insert(DatasetRow), rows)
 
 
-def _publish(database: Database, dataset_id: str, folder: Path, final: Path, check: Check) -> None:
+def _publish(
+    database: Database, dataset_id: str, folder: Path, final: Path, check: Callable[[], None]
+) -> None:
     """Give the finished folder its name.
 
     Under the lock of the row, so that an attempt that lost its lease cannot replace a ready set.

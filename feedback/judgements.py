@@ -41,7 +41,7 @@ from feedback.verdicts import (
     check_metadata,
     check_reasons,
     check_source,
-    normalise_value,
+    check_value,
 )
 
 
@@ -97,7 +97,7 @@ def judge(
     another judgement.
     """
     kind = check_kind(new.kind, new.name)
-    value = normalise_value(kind, new.value)
+    value = check_value(kind, new.value)
     comment = check_comment(new.comment)
     reasons = check_reasons(new.reasons)
     metadata = check_metadata(new.metadata)

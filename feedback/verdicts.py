@@ -120,7 +120,7 @@ def check_kind(kind: str, name: str) -> JudgementKind:
     return JudgementKind(kind)
 
 
-def normalise_value(kind: JudgementKind, value: Any) -> Any:
+def check_value(kind: JudgementKind, value: Any) -> Any:
     """Check `value` and return it as it is stored.
 
     None (withdrawn) goes with every kind. A correction becomes an assistant message.

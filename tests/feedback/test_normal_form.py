@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from feedback.answers import messages_hash, root_hash
+from feedback.curation.extract import build_near_hash, build_prompt_hash
 from feedback.normal_form import LONGEST_RUN, _long_runs, cut_runs, normalise
 
 MARKS = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.combining(chr(c))]
@@ -94,3 +96,23 @@ def test_case_accents_and_white_space_are_set_apart(one: str, other: str) -> Non
 
 def test_texts_that_are_cut_are_still_told_apart() -> None:
     assert normalise("a" + "\u0300" * 40) != normalise("a" + "\u0316" * 40)
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "root", "prompt", "near", "messages"),
+    [
+        ("What is  Rain?\n", "what is rain?", "b747e515", "856792f8", "67c956ae", "7f0efbd9"),
+        ("STRASSE straße", "strasse strasse", "b217b82f", "6d1fb091", "d6a4e5c6", "8502bc41"),
+        ("ﬁn ½ Ａ１", "fin 1⁄2 a1", "5c9cd071", "e15d1e6c", "2778179c", "3aa66abe"),
+        ("e\u0301 é", "é é", "6279fe2f", "0e2520e9", "81141e5a", "143ce1d0"),
+    ],
+)
+def test_what_is_stored_by_the_normal_form_never_changes(
+    text: str, form: str, root: str, prompt: str, near: str, messages: str
+) -> None:
+    """Another value would move rows across the split and lose what was found before."""
+    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": text}]
+    assert normalise(text) == form
+    found = (root_hash(asked), build_prompt_hash(asked), build_near_hash(asked))
+    assert [hash[:8] for hash in found] == [root, prompt, near]
+    assert messages_hash("p", asked)[:8] == messages

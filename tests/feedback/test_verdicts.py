@@ -16,7 +16,7 @@ from feedback.verdicts import (
     check_metadata,
     check_reasons,
     check_source,
-    normalise_value,
+    check_value,
 )
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -46,7 +46,7 @@ ASSISTANT = {"role": "assistant"}
     ],
 )
 def test_values_that_are_taken(kind: str, value: Any, stored: Any) -> None:
-    found = normalise_value(JudgementKind(kind), value)
+    found = check_value(JudgementKind(kind), value)
     assert found == stored
     assert type(found) is type(stored)
 
@@ -79,7 +79,7 @@ def test_values_that_are_taken(kind: str, value: Any, stored: Any) -> None:
 )
 def test_values_that_are_refused_with_what_is_expected(kind: str, value: Any, says: str) -> None:
     with pytest.raises(BadRequest, match=says) as refused:
-        normalise_value(JudgementKind(kind), value)
+        check_value(JudgementKind(kind), value)
     assert refused.value.status == 400
     assert len(refused.value.message) < 300
 
