@@ -42,7 +42,7 @@ class JobFailed(Exception):
         self.message = message
 
 
-class Request(StrEnum):
+class StopRequest(StrEnum):
     """What somebody asked a running job's worker for."""
 
     CANCEL = "cancel"
@@ -163,7 +163,7 @@ def claim_job(session: Session, worker: str, *, kinds: Collection[str]) -> Job |
     return job
 
 
-def beat(session: Session, job: Job) -> Request | None:
+def beat(session: Session, job: Job) -> StopRequest | None:
     """Show that the worker lives; what somebody asked it for, or None.
 
     A cancellation counts before a pause. Raises `LeaseLost`.
@@ -178,8 +178,8 @@ def beat(session: Session, job: Job) -> Request | None:
     if found is None:
         raise LeaseLost(f"attempt {job.attempt} no longer holds job {job.id}")
     if found.cancel_requested:
-        return Request.CANCEL
-    return Request.PAUSE if found.pause_requested else None
+        return StopRequest.CANCEL
+    return StopRequest.PAUSE if found.pause_requested else None
 
 
 def record_events(session: Session, job: Job, events: Sequence[NewEvent]) -> None:

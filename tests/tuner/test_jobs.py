@@ -13,7 +13,7 @@ from tests.tuner.records import add_dataset, make_candidate, make_deployment
 from tuner import job_events, jobs
 from tuner.evaluation.evaluations import create_evaluation
 from tuner.job_events import NewEvent
-from tuner.jobs import LeaseLost, Request, StalledJobs
+from tuner.jobs import LeaseLost, StalledJobs, StopRequest
 from tuner.tables import Evaluation, Job, JobKind, JobStatus
 from tuner.tuning import create_freeze_job
 
@@ -244,7 +244,7 @@ def test_a_queued_job_is_paused_at_once_and_a_running_one_by_its_worker(
         jobs.request_pause(session, running.id)
         with pytest.raises(Conflict, match="try again once it is paused"):
             jobs.resume(session, running.id)
-        assert jobs.beat(session, held) == Request.PAUSE
+        assert jobs.beat(session, held) == StopRequest.PAUSE
         jobs.pause(session, held)
     found = read(database, running)
     assert (found.status, found.worker, found.finished_at) == (JobStatus.PAUSED, None, None)
@@ -280,7 +280,7 @@ def test_a_cancellation_counts_before_a_pause_and_ends_a_paused_job(database: Da
     with database.write() as session:
         jobs.request_pause(session, first.id)
         jobs.request_cancel(session, first.id)
-        assert jobs.beat(session, held) == Request.CANCEL
+        assert jobs.beat(session, held) == StopRequest.CANCEL
         jobs.cancel(session, held)
     second = queue(database)
     with database.write() as session:

@@ -18,7 +18,7 @@ from feedback.db import new_id, now
 from feedback.errors import BadRequest, Conflict, NotFound
 from feedback.tables import Dataset, DatasetStatus, File
 from tuner.deployments import get_deployment
-from tuner.evaluation.gate import Verdict
+from tuner.evaluation.gate import GateResult
 from tuner.evaluation.holdout import HoldoutFiles
 from tuner.evaluation.measurement import Subject
 from tuner.jobs import ENDED, create_job
@@ -103,14 +103,14 @@ def list_evaluations(
     return rows[:limit], len(rows) > limit
 
 
-def record_verdict(
-    session: Session, evaluation_id: str, verdict: Verdict, metrics: dict[str, Any]
+def record_result(
+    session: Session, evaluation_id: str, result: GateResult, metrics: dict[str, Any]
 ) -> Evaluation:
     """Store what the gate decided."""
     evaluation = get_evaluation(session, evaluation_id)
-    evaluation.decision = verdict.decision
-    evaluation.reasons = list(verdict.reasons)
-    evaluation.checks = [check.to_json() for check in verdict.checks]
+    evaluation.decision = result.decision
+    evaluation.reasons = list(result.reasons)
+    evaluation.checks = [check.to_json() for check in result.checks]
     evaluation.metrics = metrics
     evaluation.error = None
     evaluation.finished_at = now()

@@ -91,7 +91,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Thresholds:
     """Where the gate draws its lines; each difference is against the baseline."""
 
     #: largest one-sided p-value that counts: adjusted for "better", per metric for "worse"
@@ -132,7 +132,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateResult:
     """What the gate decided, and why in sentences."""
 
     decision: Decision
@@ -140,32 +140,35 @@ class Verdict:
     checks: tuple[Check, ...] = field(default=())
 
 
-def decide(figures: Figures, limits: Limits | None = None) -> Verdict:
+def decide(figures: Figures, thresholds: Thresholds | None = None) -> GateResult:
     """Pass, fail or inconclusive; never an error, whatever is missing."""
-    limits = limits or Limits()
+    thresholds = thresholds or Thresholds()
     primary = _judge_all(
         [
-            _test_nll(figures.nll, limits),
-            _test_pairs(figures.margins, limits),
-            _test_labelled(figures.labelled, limits),
+            _test_nll(figures.nll, thresholds),
+            _test_pairs(figures.margins, thresholds),
+            _test_labelled(figures.labelled, thresholds),
         ],
-        limits.significance,
+        thresholds.significance,
     )
-    sanity = [_check_chosen_nll(figures.chosen_nll, limits), *_check_answers(figures, limits)]
+    sanity = [
+        _check_chosen_nll(figures.chosen_nll, thresholds),
+        *_check_answers(figures, thresholds),
+    ]
     hidden = _check_deleted(figures)
     checks = (*primary, *sanity, *hidden)
     doubts = [check.message for check in hidden]
     failed = [check for check in checks if check.outcome == Decision.FAIL]
     better = [check for check in primary if check.outcome == Decision.PASS]
     if failed:
-        return Verdict(Decision.FAIL, (*(check.message for check in failed), *doubts), checks)
+        return GateResult(Decision.FAIL, (*(check.message for check in failed), *doubts), checks)
     if better:
         reasons = [check.message for check in better] + doubts
         if figures.candidate_deleted:
-            return Verdict(Decision.INCONCLUSIVE, tuple(reasons), checks)
-        return Verdict(Decision.PASS, (*reasons, "No check found the candidate worse."), checks)
+            return GateResult(Decision.INCONCLUSIVE, tuple(reasons), checks)
+        return GateResult(Decision.PASS, (*reasons, "No check found the candidate worse."), checks)
     if not (figures.nll or figures.margins or figures.labelled):
-        return Verdict(
+        return GateResult(
             Decision.INCONCLUSIVE,
             (
                 "The holdout has no row that could tell the candidate from the baseline; "
@@ -176,7 +179,7 @@ def decide(figures: Figures, limits: Limits | None = None) -> Verdict:
         )
     told = [check.message for check in primary if check.candidate is not None]
     reasons = told or [check.message for check in primary]
-    return Verdict(Decision.INCONCLUSIVE, (*reasons, *doubts), checks)
+    return GateResult(Decision.INCONCLUSIVE, (*reasons, *doubts), checks)
 
 
 def pair_score(margin: float, *, tie: float) -> float:
@@ -204,7 +207,7 @@ class _Test:
     units: int | None = None
 
 
-def _test_nll(rows: Sequence[Paired], limits: Limits) -> _Test | Check:
+def _test_nll(rows: Sequence[Paired], thresholds: Thresholds) -> _Test | Check:
     name, what = "holdout_nll", "Corrections in the holdout"
     if not rows:
         return Check(name, Decision.INCONCLUSIVE, "The holdout has no corrections.")
@@ -216,19 +219,19 @@ def _test_nll(rows: Sequence[Paired], limits: Limits) -> _Test | Check:
         candidate,
         baseline,
         _by_unit([(row.unit, row.baseline - row.candidate) for row in rows]),
-        limits.smallest_nll,
+        thresholds.smallest_nll,
     )
 
 
-def _test_pairs(rows: Sequence[Paired], limits: Limits) -> _Test | Check:
+def _test_pairs(rows: Sequence[Paired], thresholds: Thresholds) -> _Test | Check:
     name = "pair_accuracy"
     if not rows:
         return Check(name, Decision.INCONCLUSIVE, "The holdout has no preference pairs.")
     scored = [
         Paired(
             row.unit,
-            pair_score(row.candidate, tie=limits.tie),
-            pair_score(row.baseline, tie=limits.tie),
+            pair_score(row.candidate, tie=thresholds.tie),
+            pair_score(row.baseline, tie=thresholds.tie),
         )
         for row in rows
     ]
@@ -240,11 +243,11 @@ def _test_pairs(rows: Sequence[Paired], limits: Limits) -> _Test | Check:
         candidate,
         baseline,
         _by_unit([(row.unit, row.candidate - row.baseline) for row in scored]),
-        limits.smallest_accuracy,
+        thresholds.smallest_accuracy,
     )
 
 
-def _test_labelled(rows: Sequence[Labelled], limits: Limits) -> _Test | Check:
+def _test_labelled(rows: Sequence[Labelled], thresholds: Thresholds) -> _Test | Check:
     name = "label_separation"
     true = _by_unit([(row.unit, row.shift) for row in rows if row.label])
     false = _by_unit([(row.unit, row.shift) for row in rows if not row.label])
@@ -263,7 +266,7 @@ def _test_labelled(rows: Sequence[Labelled], limits: Limits) -> _Test | Check:
         candidate=difference,
         baseline=0.0,
         difference=difference,
-        smallest=limits.smallest_separation,
+        smallest=thresholds.smallest_separation,
         better_p=separation_p_value(true, false),
         worse_p=separation_p_value([-shift for shift in true], [-shift for shift in false]),
         smallest_p=1 / math.comb(len(true) + len(false), len(true)),
@@ -293,22 +296,22 @@ def _test_gains(
     )
 
 
-def _check_chosen_nll(rows: Sequence[Paired], limits: Limits) -> Check:
+def _check_chosen_nll(rows: Sequence[Paired], thresholds: Thresholds) -> Check:
     """Preference training may lower chosen and rejected together: past a limit, that is ruin."""
     name = "chosen_nll"
     if not rows:
         return Check(name, Decision.INCONCLUSIVE, "The holdout has no preference pairs.")
     candidate, baseline = _means(rows)
-    rose = candidate - baseline > limits.chosen_nll_rise
+    rose = candidate - baseline > thresholds.chosen_nll_rise
     return Check(
         name,
         Decision.FAIL if rose else Decision.PASS,
         f"Preferred answers in the holdout: {candidate:.2f} nats per token under the candidate, "
-        f"{baseline:.2f} under the baseline; a rise of up to {limits.chosen_nll_rise:g} is "
+        f"{baseline:.2f} under the baseline; a rise of up to {thresholds.chosen_nll_rise:g} is "
         "allowed.",
         candidate,
         baseline,
-        baseline + limits.chosen_nll_rise,
+        baseline + thresholds.chosen_nll_rise,
     )
 
 
@@ -327,7 +330,7 @@ def _check_deleted(figures: Figures) -> list[Check]:
     ]
 
 
-def _check_answers(figures: Figures, limits: Limits) -> list[Check]:
+def _check_answers(figures: Figures, thresholds: Thresholds) -> list[Check]:
     """Sanity of what was written: shares against the baseline's, length against good answers."""
     mine, theirs = figures.candidate_answers, figures.baseline_answers
     if not mine or not theirs:
@@ -340,23 +343,23 @@ def _check_answers(figures: Figures, limits: Limits) -> list[Check]:
             "are empty",
             fmean(answer.words == 0 for answer in mine),
             fmean(answer.words == 0 for answer in theirs),
-            limits.empty_rise,
+            thresholds.empty_rise,
         ),
         _check_share(
             "answers_cut_off",
             "were cut off by the length limit",
             fmean(answer.cut_off for answer in mine),
             fmean(answer.cut_off for answer in theirs),
-            limits.cut_off_rise,
+            thresholds.cut_off_rise,
         ),
         _check_share(
             "answers_repeated",
             "of phrases repeat themselves",
             fmean(answer.repeated_ratio for answer in mine),
             fmean(answer.repeated_ratio for answer in theirs),
-            limits.repeated_rise,
+            thresholds.repeated_rise,
         ),
-        _check_length(mine, theirs, limits.length_ratio),
+        _check_length(mine, theirs, thresholds.length_ratio),
     ]
 
 

@@ -24,7 +24,7 @@ from feedback.canonical import json_in_order
 from feedback.curation.examples import ExampleKind
 from feedback.curation.extract import build_prompt_hash
 from feedback.formats.messages import join_parts
-from tuner.evaluation.gate import Figures, Labelled, Paired, Verdict, Written, decide
+from tuner.evaluation.gate import Figures, GateResult, Labelled, Paired, Written, decide
 from tuner.evaluation.gateway_client import (
     ITEMS_PER_REQUEST,
     Asked,
@@ -50,7 +50,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class Extent:
     """How much is measured. On two cores without a GPU the defaults take one to three minutes."""
 
     max_rows: int = 200  #: holdout rows of each kind, the first
@@ -79,14 +79,14 @@ def run_evaluation(
     subject: Subject,
     *,
     report: Report,
-    effort: Effort | None = None,
-) -> tuple[Verdict, dict[str, Any]]:
-    """Measure both releases and decide; returns the verdict and the figures behind it.
+    extent: Extent | None = None,
+) -> tuple[GateResult, dict[str, Any]]:
+    """Measure both releases and decide; returns the result and the figures behind it.
 
     `report` is called between requests; what it raises ends the evaluation. Raises `GatewayError`,
     `GatewayUnreachable`, `SlotLost`.
     """
-    effort = effort or Effort()
+    extent = extent or Extent()
     if subject.rows and subject.candidate.adapter_id is not None:
         # In a thread as well: a worker told to stop need not wait until the candidate is loaded.
         (slot,) = _in_threads(
@@ -101,9 +101,9 @@ def run_evaluation(
                 check_slot()
                 report(what, done, total)
 
-            figures, metrics = _measure(client, subject, effort, report_while_held)
+            figures, metrics = _measure(client, subject, extent, report_while_held)
     else:
-        figures, metrics = _measure(client, subject, effort, report)
+        figures, metrics = _measure(client, subject, extent, report)
     return decide(figures), metrics
 
 
@@ -122,14 +122,14 @@ def build_prompt(prompt: Sequence[Message], release: Release, subject: Subject) 
 
 
 def _measure(
-    client: GatewayClient, subject: Subject, effort: Effort, report: Report
+    client: GatewayClient, subject: Subject, extent: Extent, report: Report
 ) -> tuple[Figures, dict[str, Any]]:
     nll: list[Paired] = []
     chosen_nll: list[Paired] = []
     margins: list[Paired] = []
     labelled: list[Labelled] = []
     unscored: Counter[str] = Counter()
-    for row, found in _score_in_portions(client, subject, effort, report):
+    for row, found in _score_in_portions(client, subject, extent, report):
         unit = build_prompt_hash(row["prompt"])
         if isinstance(found, Unscored):
             unscored[found.error] += 1
@@ -141,7 +141,7 @@ def _measure(
         else:
             shift = found.nll("completion", 1) - found.nll("completion", 0)
             labelled.append(Labelled(unit, bool(row["label"]), shift))
-    candidate_answers, baseline_answers = _write_answers(client, subject, effort, report)
+    candidate_answers, baseline_answers = _write_answers(client, subject, extent, report)
     return (
         Figures(
             nll,
@@ -205,12 +205,12 @@ class _Scores:
 
 
 def _score_in_portions(
-    client: GatewayClient, subject: Subject, effort: Effort, report: Report
+    client: GatewayClient, subject: Subject, extent: Extent, report: Report
 ) -> Iterator[tuple[Mapping[str, Any], _RowScores | Unscored]]:
     """The first `max_rows` rows of each kind with their scores; a few at a time are in memory."""
     by_kind: dict[str, list[int]] = {kind: [] for kind in ExampleKind}
     for index, (kind, _) in enumerate(_list_kinds_and_prompts(subject.rows)):
-        if kind in by_kind and len(by_kind[kind]) < effort.max_rows:
+        if kind in by_kind and len(by_kind[kind]) < extent.max_rows:
             by_kind[kind].append(index)
     chosen = [index for kind in ExampleKind for index in by_kind[kind]]
     for start in range(0, len(chosen), ROWS_PER_PORTION):
@@ -292,7 +292,7 @@ def _ask(row: Mapping[str, Any], messages: Sequence[Message]) -> Asked:
 
 
 def _write_answers(
-    client: GatewayClient, subject: Subject, effort: Effort, report: Report
+    client: GatewayClient, subject: Subject, extent: Extent, report: Report
 ) -> tuple[list[Written], list[Written]]:
     """Greedy answers of both releases to the same prompts.
 
@@ -301,7 +301,7 @@ def _write_answers(
     prompts: dict[str, tuple[Asked, int | None]] = {}
     for index, (_, key) in enumerate(_list_kinds_and_prompts(subject.rows)):
         has_all = prompts[key][1] is not None if key in prompts else None
-        if has_all or (has_all is None and len(prompts) >= effort.max_answers):
+        if has_all or (has_all is None and len(prompts) >= extent.max_answers):
             continue
         row = subject.rows[index]
         good = _good_answer(row)
@@ -315,7 +315,7 @@ def _write_answers(
 
     def answer(asking: tuple[str, Asked]) -> GeneratedAnswer | None:
         try:
-            return client.generate(asking[0], asking[1], max_tokens=effort.max_tokens)
+            return client.generate(asking[0], asking[1], max_tokens=extent.max_tokens)
         except GatewayError as error:
             if error.status != 400:  # 400: this prompt doesn't suit the release, too long for one
                 raise
@@ -324,7 +324,7 @@ def _write_answers(
     answers = _in_threads(
         answer,
         asked,
-        effort.threads,
+        extent.threads,
         lambda done: report("generating answers", done, len(asked)),
     )
     mine, theirs = [], []

@@ -75,7 +75,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class RenderedExample:
     """One rendered example: token ids, ready for the model."""
 
     id: str
@@ -283,7 +283,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Any, ...] | None:
 class Rendered:
     """What a set of rows became."""
 
-    examples: tuple[Example, ...]
+    examples: tuple[RenderedExample, ...]
     drops: Mapping[str, int]  #: reason to count
 
 
@@ -316,7 +316,7 @@ class Renderer:
         `template_refused` (the template takes no such conversation), `answer_rewritten` (it writes
         the answer otherwise than it was given), `too_long`, `empty`.
         """
-        examples: list[Example] = []
+        examples: list[RenderedExample] = []
         drops: Counter[str] = Counter()
         for row in rows:
             example = self._render_row(row) if row.kind in kinds else "other_kind"
@@ -352,7 +352,7 @@ class Renderer:
         # The template writes what begins a text itself, as for an engine.
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _render_row(self, row: Row) -> Example | str:
+    def _render_row(self, row: Row) -> RenderedExample | str:
         try:
             return self._render_turns(row)
         except TemplateRefused:
@@ -363,7 +363,7 @@ class Renderer:
             # From here on there are token ids alone: no later error can repeat a text.
             raise DataError(f"a row can't be rendered ({describe_crash(error)})") from None
 
-    def _render_turns(self, row: Row) -> Example | str:
+    def _render_turns(self, row: Row) -> RenderedExample | str:
         if row.prompt_tokens is not None:
             served = self.render_prompt(
                 row.prompt, row.tools, variables=row.variables, at=row.served_at
@@ -382,7 +382,9 @@ class Renderer:
         self.longest_tokens = max(self.longest_tokens, length)
         if length > self._max_length:
             return "too_long"
-        return Example(row.id, row.kind, prompt, completions, row.weight, group_of(row.prompt))
+        return RenderedExample(
+            row.id, row.kind, prompt, completions, row.weight, group_of(row.prompt)
+        )
 
     def _render_answer(
         self, row: Row, messages: Sequence[Message]
@@ -428,8 +430,8 @@ def leave_out_near(rows: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
 
 
 def split_validation(
-    examples: Sequence[Example], *, share: float, minimum: int
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[RenderedExample], *, share: float, minimum: int
+) -> tuple[list[RenderedExample], list[RenderedExample]]:
     """Split the examples into training and validation, in that order.
 
     Validation is `share` of the groups, chosen by their hash alone. With fewer than `minimum` of

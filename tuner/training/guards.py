@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tuner.training.data import Example
+from tuner.training.data import RenderedExample
 from tuner.training.layout import Layout, Sequence_
 from tuner.training.model import TunedModel
 
@@ -67,7 +67,7 @@ class KlSample:
     At most 64 tokens of four examples, which their hashes alone choose.
     """
 
-    def __init__(self, model: TunedModel, examples: Sequence[Example]) -> None:
+    def __init__(self, model: TunedModel, examples: Sequence[RenderedExample]) -> None:
         chosen = sorted(examples, key=lambda example: example.content_hash)[:_SAMPLE_EXAMPLES]
         sequences: list[Sequence_] = [
             (example.prompt[-_CONTEXT_TOKENS:], example.completions[0][:_SAMPLE_TOKENS])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.training.data import Example
+from tuner.training.data import RenderedExample
 
 Sequence_ = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -84,18 +84,18 @@ def _ancestors(parents: Sequence[int]) -> Tensor | None:
     return torch.from_numpy(allowed)[None, None]
 
 
-def sequences_of(example: Example) -> list[Sequence_]:
+def sequences_of(example: RenderedExample) -> list[Sequence_]:
     """Prompt and completion of each of the example's sequences."""
     return [(example.prompt, completion) for completion in example.completions]
 
 
-def pack(examples: Sequence[Example], *, max_tokens: int) -> list[list[Example]]:
+def pack(examples: Sequence[RenderedExample], *, max_tokens: int) -> list[list[RenderedExample]]:
     """Group the examples of one step into forward passes of about `max_tokens`.
 
     Examples that begin alike are put together. An example is never divided, so one that is longer
     has a pass of its own. The order depends on the examples alone.
     """
-    passes: list[list[Example]] = []
+    passes: list[list[RenderedExample]] = []
     room = 0
     for example in sorted(
         examples, key=lambda example: (example.prompt, example.completions, example.id)
@@ -109,6 +109,6 @@ def pack(examples: Sequence[Example], *, max_tokens: int) -> list[list[Example]]
     return passes
 
 
-def _shared_tokens(left: Example, right: Example) -> int:
+def _shared_tokens(left: RenderedExample, right: RenderedExample) -> int:
     pairs = zip(left.prompt, right.prompt, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

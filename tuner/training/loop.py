@@ -41,7 +41,7 @@ from tuner.training.config import ConfigError, TrainingConfig
 from tuner.training.data import (
     WHAT_TO_DO,
     DataError,
-    Example,
+    RenderedExample,
     Renderer,
     Row,
     leave_out_near,
@@ -106,8 +106,8 @@ def train(config: TrainingConfig, emit: Emit) -> None:
 class _Examples:
     """What a run learns from, what it is validated by, and how many were dropped, by reason."""
 
-    training: Sequence[Example]
-    validation: Sequence[Example]
+    training: Sequence[RenderedExample]
+    validation: Sequence[RenderedExample]
     drops: Mapping[str, int]
     validation_drops: Mapping[str, int] = field(default_factory=dict)
 
@@ -152,7 +152,7 @@ def _prepare_torch(config: TrainingConfig) -> None:
 def _check_teaches(
     config: TrainingConfig,
     renderer: Renderer,
-    examples: Sequence[Example],
+    examples: Sequence[RenderedExample],
     drops: Mapping[str, int],
 ) -> None:
     if _teaches(config.method, examples):
@@ -177,7 +177,7 @@ def _describe_drops(drops: Mapping[str, int]) -> str:
     return "; ".join(reasons)
 
 
-def _teaches(method: Method, examples: Sequence[Example]) -> bool:
+def _teaches(method: Method, examples: Sequence[RenderedExample]) -> bool:
     return any(example.kind in METHODS[method].needs for example in examples)
 
 
@@ -281,7 +281,7 @@ class _Run:
             self._judge_epoch()
         self._checkpoint()
 
-    def _step(self, examples: Sequence[Example]) -> None:
+    def _step(self, examples: Sequence[RenderedExample]) -> None:
         """One update of the weights by all of `examples`."""
         config, progress = self._config, self._progress
         started = time.monotonic()
@@ -368,7 +368,7 @@ class _Run:
         for example in pairs:
             self._objective.references[example.content_hash] = cache.get(example)
 
-    def _reference(self, example: Example) -> LogProbs:
+    def _reference(self, example: RenderedExample) -> LogProbs:
         with self._model.base_only():
             found = self._model.sequence_logprobs(sequences_of(example))
             return tuple(values.cpu().numpy() for values in found)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from feedback.formats.shapes import Kind
 from tuner.training.config import TrainingConfig
-from tuner.training.data import Example
+from tuner.training.data import RenderedExample
 from tuner.training.layout import sequences_of
 from tuner.training.losses import Metrics, dpo_loss, supervised_loss
 from tuner.training.model import TunedModel
@@ -35,7 +35,9 @@ class Objective:
         self._model = model
         self.references: dict[str, LogProbs] = {}
 
-    def part(self, examples: Sequence[Example], whole: Sequence[Example]) -> tuple[Tensor, Metrics]:
+    def part(
+        self, examples: Sequence[RenderedExample], whole: Sequence[RenderedExample]
+    ) -> tuple[Tensor, Metrics]:
         """What `examples`, one forward pass, add to the mean loss of `whole`, and to its metrics.
 
         Pairs and supervised examples weigh as much as there are of them.
@@ -72,7 +74,9 @@ class Objective:
         return total, metrics
 
     def _pair_part(
-        self, pairs: Sequence[tuple[Example, Sequence[Tensor]]], whole: Sequence[Example]
+        self,
+        pairs: Sequence[tuple[RenderedExample, Sequence[Tensor]]],
+        whole: Sequence[RenderedExample],
     ) -> tuple[Tensor, Metrics]:
         """What `pairs` add to the mean loss of the pairs in `whole`: DPO, and the likelihood."""
         gains: list[list[Tensor]] = []
@@ -106,7 +110,7 @@ class Objective:
         return total, metrics
 
 
-def _likelihood(examples: Sequence[tuple[Example, Tensor]]) -> tuple[Tensor, Metrics]:
+def _likelihood(examples: Sequence[tuple[RenderedExample, Tensor]]) -> tuple[Tensor, Metrics]:
     """Negative log-likelihood per token, each token with its example's weight."""
     weights = [
         logprobs.new_full((len(logprobs),), example.weight) for example, logprobs in examples
@@ -114,18 +118,18 @@ def _likelihood(examples: Sequence[tuple[Example, Tensor]]) -> tuple[Tensor, Met
     return supervised_loss(torch.cat([logprobs for _, logprobs in examples]), torch.cat(weights))
 
 
-def _weight(examples: Sequence[Example], kind: Kind) -> float:
+def _weight(examples: Sequence[RenderedExample], kind: Kind) -> float:
     return math.fsum(example.weight for example in examples if example.kind == kind)
 
 
-def _token_weight(examples: Sequence[Example], kind: Kind) -> float:
+def _token_weight(examples: Sequence[RenderedExample], kind: Kind) -> float:
     """Weights of all tokens of the (chosen) completions."""
     return math.fsum(
         example.weight * len(example.completions[0]) for example in examples if example.kind == kind
     )
 
 
-def _kind_share(examples: Sequence[Example], kind: Kind) -> float:
+def _kind_share(examples: Sequence[RenderedExample], kind: Kind) -> float:
     return _weight(examples, kind) / math.fsum(example.weight for example in examples)
 
 

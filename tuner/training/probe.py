@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tuner.training.data import Example, Renderer
+from tuner.training.data import RenderedExample, Renderer
 from tuner.training.model import TunedModel
 
 MAX_TOKENS = 64
@@ -26,7 +26,7 @@ _PROMPT_TOKENS = 32
 
 
 def build_probe(
-    model: TunedModel, renderer: Renderer, examples: Sequence[Example]
+    model: TunedModel, renderer: Renderer, examples: Sequence[RenderedExample]
 ) -> dict[str, Any]:
     """Token ids, and the log-probability of each token but the first under base and adapter.
 
@@ -47,7 +47,7 @@ def build_probe(
 
 
 def choose_prompts(
-    model: TunedModel, renderer: Renderer, examples: Sequence[Example]
+    model: TunedModel, renderer: Renderer, examples: Sequence[RenderedExample]
 ) -> list[tuple[int, ...]]:
     """The texts as token ids, at most `MAX_TOKENS` each."""
     fixed = [

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from tuner.training.data import Example
+from tuner.training.data import RenderedExample
 
 LogProbs = tuple[NDArray[np.float32], ...]
 """Log-probability of each completion token in nats; one array a completion."""
@@ -36,13 +36,13 @@ class References:
         base_revision: str,
         template_hash: str,
         dtype: str,
-        compute: Callable[[Example], LogProbs],
+        compute: Callable[[RenderedExample], LogProbs],
     ) -> None:
         key = json.dumps([base_revision, template_hash, dtype])
         self._folder = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
         self._compute = compute
 
-    def get(self, example: Example) -> LogProbs:
+    def get(self, example: RenderedExample) -> LogProbs:
         """The example's reference values, from the cache or computed and put there."""
         file = self._file(example)
         found = _read(file, example)
@@ -51,16 +51,16 @@ class References:
             _write(file, found)
         return found
 
-    def missing(self, examples: Sequence[Example]) -> list[Example]:
+    def missing(self, examples: Sequence[RenderedExample]) -> list[RenderedExample]:
         """Those whose values are still to be computed."""
         return [example for example in examples if not self._file(example).is_file()]
 
-    def _file(self, example: Example) -> Path:
+    def _file(self, example: RenderedExample) -> Path:
         name = example.content_hash
         return self._folder / name[:2] / f"{name}.safetensors"
 
 
-def _read(file: Path, example: Example) -> LogProbs | None:
+def _read(file: Path, example: RenderedExample) -> LogProbs | None:
     """What the file holds; None where it is missing or damaged, so that it is written anew."""
     try:
         with safe_open(file, framework="numpy") as stored:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner import jobs
-from tuner.evaluation.evaluations import find_holdout_files, load_subject, record_verdict
+from tuner.evaluation.evaluations import find_holdout_files, load_subject, record_result
 from tuner.evaluation.holdout import Holdout
 from tuner.evaluation.measurement import run_evaluation
 from tuner.job_events import NewEvent
@@ -33,15 +33,15 @@ def evaluate_release(bench: Workbench, lease: Lease) -> None:
     subject = replace(subject, rows=rows, left_out=rows.left_out)
     journal = Journal(bench.database, lease.job)
     progress = Progress(journal, lease.check, bench.monotonic)
-    verdict, metrics = run_evaluation(bench.client, subject, report=progress.report)
-    reasons = list(verdict.reasons)
+    result, metrics = run_evaluation(bench.client, subject, report=progress.report)
+    reasons = list(result.reasons)
     with lease.ending() as session:
         journal.flush(session)
-        record_verdict(session, evaluation_id, verdict, metrics)
+        record_result(session, evaluation_id, result, metrics)
         told = NewEvent(
             f"{subject.candidate.name!r} against {subject.baseline.name!r}: "
-            f"{verdict.decision}. {' '.join(reasons)}",
-            data={"decision": str(verdict.decision), "reasons": reasons},
+            f"{result.decision}. {' '.join(reasons)}",
+            data={"decision": str(result.decision), "reasons": reasons},
         )
         jobs.record_events(session, lease.job, [told])
         jobs.finish(
@@ -49,7 +49,7 @@ def evaluate_release(bench: Workbench, lease: Lease) -> None:
             lease.job,
             {
                 "evaluation_id": evaluation_id,
-                "decision": str(verdict.decision),
+                "decision": str(result.decision),
                 "reasons": reasons,
                 "metrics": metrics,
             },

@@ -81,7 +81,7 @@ class Progress:
         self._told_at = 0.0
 
     def report(self, what: str, done: int, total: int) -> None:
-        """As `measuring.Report` asks. A new part is told at once."""
+        """As `measurement.Report` asks. A new part is told at once."""
         self._check()
         at, state = self._monotonic(), (what, done)
         same_part = self._told is not None and self._told[0] == what

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from feedback.db import Database
 from tuner import jobs
-from tuner.jobs import LeaseLost, Request
+from tuner.jobs import LeaseLost, StopRequest
 from tuner.tables import Job
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Lease:
         by now is not paused any more.
         """
         with self._database.write() as session:
-            if jobs.beat(session, self.job) == Request.CANCEL:
+            if jobs.beat(session, self.job) == StopRequest.CANCEL:
                 raise JobCancelled
             yield session
 
@@ -115,7 +115,7 @@ class Lease:
     def _beat(self) -> None:
         with self._database.write() as session:
             match jobs.beat(session, self.job):
-                case Request.CANCEL:
+                case StopRequest.CANCEL:
                     self._cancelled.set()
-                case Request.PAUSE:
+                case StopRequest.PAUSE:
                     self._paused.set()

@@ -17,7 +17,7 @@ from tests.tuner.records import (
     supervised,
 )
 from tuner.evaluation import evaluations
-from tuner.evaluation.gate import Check, Verdict
+from tuner.evaluation.gate import Check, GateResult
 from tuner.evaluation.holdout import Holdout
 from tuner.jobs import create_job, request_cancel
 from tuner.releases import discard, get_release
@@ -133,8 +133,8 @@ def test_a_verdict_is_stored_with_its_figures(database: Database) -> None:
         evaluation, _ = evaluations.create_evaluation(session, make_candidate(session))
         evaluation.error = "an earlier attempt"
         check = Check("holdout_nll", Decision.FAIL, "Worse.", 2.0, 1.0, 0.05)
-        verdict = Verdict(Decision.FAIL, ("Worse.",), (check,))
-        evaluations.record_verdict(session, evaluation.id, verdict, {"holdout_rows": 4})
+        result = GateResult(Decision.FAIL, ("Worse.",), (check,))
+        evaluations.record_result(session, evaluation.id, result, {"holdout_rows": 4})
     with database.read() as session:
         found = evaluations.get_evaluation(session, evaluation.id)
         assert (found.decision, found.reasons, found.error) == ("fail", ["Worse."], None)

@@ -13,8 +13,8 @@ from tuner.evaluation.gate import (
     Check,
     Figures,
     Labelled,
-    Limits,
     Paired,
+    Thresholds,
     Written,
     decide,
     pair_score,
@@ -112,10 +112,10 @@ TABLE = [
     ("figures", "decision"), [row[1:] for row in TABLE], ids=[r[0] for r in TABLE]
 )
 def test_decision(figures: Figures, decision: Decision) -> None:
-    verdict = decide(figures)
-    assert verdict.decision == decision
-    assert verdict.reasons
-    assert all(reason.endswith(".") for reason in verdict.reasons)
+    result = decide(figures)
+    assert result.decision == decision
+    assert result.reasons
+    assert all(reason.endswith(".") for reason in result.reasons)
 
 
 def test_every_verdict_has_every_check() -> None:
@@ -125,21 +125,21 @@ def test_every_verdict_has_every_check() -> None:
 
 
 def test_a_candidate_nearer_to_good_length_than_the_baseline_is_not_failed_for_length() -> None:
-    verdict = decide(
+    result = decide(
         Figures(
             nll=nll(*[0.3] * 6),
             candidate_answers=[Written(100, False, 0.0, 20)] * 6,
             baseline_answers=[Written(200, False, 0.0, 20)] * 6,
         )
     )
-    assert verdict.decision == PASS
+    assert result.decision == PASS
 
 
 def test_reasons_say_how_many_prompts_are_missing() -> None:
     (reason,) = decide(Figures(nll=nll(0.3))).reasons
     assert "1 prompt can't tell, at least 5 are needed" in reason
-    verdict = decide(Figures(nll=nll(*[0.3] * 6)))
-    assert "better over 6 prompts (p = 0.016)" in verdict.reasons[0]
+    result = decide(Figures(nll=nll(*[0.3] * 6)))
+    assert "better over 6 prompts (p = 0.016)" in result.reasons[0]
 
 
 def test_too_few_liked_and_disliked_answers_are_told_whatever_moved() -> None:
@@ -216,8 +216,8 @@ def test_what_was_learned_from_deleted_files_is_no_proof(gains: list[float]) -> 
 
 def test_limits_move_the_line() -> None:
     figures = Figures(nll=nll(*[0.3] * 6))
-    assert decide(figures, Limits(significance=0.01)).decision == INCONCLUSIVE
-    assert decide(figures, Limits(smallest_nll=0.5)).decision == INCONCLUSIVE
+    assert decide(figures, Thresholds(significance=0.01)).decision == INCONCLUSIVE
+    assert decide(figures, Thresholds(smallest_nll=0.5)).decision == INCONCLUSIVE
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ shifts = st.lists(
 @settings(max_examples=50)
 @given(st.builds(Figures, paired, paired, paired, shifts, written, written))
 def test_whatever_is_missing_there_is_a_verdict_with_reasons(figures: Figures) -> None:
-    verdict = decide(figures)
-    assert verdict.reasons
-    failed = [check for check in verdict.checks if check.outcome == FAIL]
-    assert (verdict.decision == FAIL) == bool(failed)
-    better = [check.name for check in verdict.checks[:3] if check.outcome == PASS]
-    assert (verdict.decision == PASS) == (bool(better) and not failed)
+    result = decide(figures)
+    assert result.reasons
+    failed = [check for check in result.checks if check.outcome == FAIL]
+    assert (result.decision == FAIL) == bool(failed)
+    better = [check.name for check in result.checks[:3] if check.outcome == PASS]
+    assert (result.decision == PASS) == (bool(better) and not failed)

@@ -85,10 +85,10 @@ def test_no_more_rows_are_read_than_are_measured(
     rows = [supervised(f"ex_{n}", f"Question {n}?", "Yes") for n in range(20)]
     rows.append(preference("ex_p", "Which?", "Yes", "No"))
     holdout = Watched(HoldoutFiles([write(tmp_path / "held", rows)], []))
-    effort = measurement.Effort(max_rows=3, max_answers=2)
+    extent = measurement.Extent(max_rows=3, max_answers=2)
     with FakeGateway().client() as client:
         _, metrics = measurement.run_evaluation(
-            client, subject(holdout), report=quiet, effort=effort
+            client, subject(holdout), report=quiet, extent=extent
         )
     assert (metrics["supervised_rows"], metrics["preference_rows"]) == (3, 1)
     assert metrics["generated_answers"] == 2
@@ -100,10 +100,10 @@ def test_rows_are_scored_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     holdout = Holdout(HoldoutFiles([write(tmp_path / "held", rows)], []))
     monkeypatch.setattr(measurement, "ROWS_PER_PORTION", 4)
     gateway = FakeGateway()
-    effort = measurement.Effort(max_rows=10, max_answers=0)
+    extent = measurement.Extent(max_rows=10, max_answers=0)
     with gateway.client() as client:
         _, metrics = measurement.run_evaluation(
-            client, subject(holdout), report=quiet, effort=effort
+            client, subject(holdout), report=quiet, extent=extent
         )
     asked = [len(body["items"]) for body in gateway.bodies if body["model"] == "tiny"]
     assert asked == [8, 8, 4]  # both answers of four, four and two rows

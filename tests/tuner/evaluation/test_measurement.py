@@ -12,7 +12,7 @@ import pytest
 from tests.tuner.gateway import FakeGateway
 from tests.tuner.records import preference, supervised
 from tuner.evaluation.gateway_client import GatewayError
-from tuner.evaluation.measurement import Effort, Subject, build_prompt, run_evaluation
+from tuner.evaluation.measurement import Extent, Subject, build_prompt, run_evaluation
 from tuner.tables import Decision, Release
 
 
@@ -54,9 +54,9 @@ ROWS = [supervised(f"ex_{number}", f"Question {number}?", "Good.") for number in
 def test_a_candidate_that_likes_the_corrections_passes() -> None:
     gateway = FakeGateway()  # two tokens: 0.5 nats per token under the candidate, 1 under the base
     with gateway.client() as client:
-        verdict, metrics = run_evaluation(client, subject(ROWS), report=quiet)
-    assert verdict.decision == Decision.PASS
-    assert (verdict.checks[0].candidate, verdict.checks[0].baseline) == (0.5, 1.0)
+        result, metrics = run_evaluation(client, subject(ROWS), report=quiet)
+    assert result.decision == Decision.PASS
+    assert (result.checks[0].candidate, result.checks[0].baseline) == (0.5, 1.0)
     assert (metrics["supervised_rows"], metrics["generated_answers"]) == (6, 6)
     assert gateway.held == ["assistant@1"]
 
@@ -66,12 +66,12 @@ def test_pairs_are_measured_by_their_margin_over_the_base() -> None:
     gateway = FakeGateway(lambda model, text: nats[model][text])
     rows = [preference(f"ex_{number}", f"Question {number}?", "Yes", "No") for number in range(6)]
     with gateway.client() as client:
-        verdict, metrics = run_evaluation(client, subject(rows), report=quiet)
-    by_name = {check.name: check for check in verdict.checks}
+        result, metrics = run_evaluation(client, subject(rows), report=quiet)
+    by_name = {check.name: check for check in result.checks}
     # The baseline is the base: every pair a tie.
     assert (by_name["pair_accuracy"].candidate, by_name["pair_accuracy"].baseline) == (1.0, 0.5)
     assert (by_name["chosen_nll"].candidate, by_name["chosen_nll"].baseline) == (0.5, 1.0)
-    assert (verdict.decision, metrics["preference_rows"]) == (Decision.PASS, 6)
+    assert (result.decision, metrics["preference_rows"]) == (Decision.PASS, 6)
 
 
 def test_labels_are_measured_by_the_move_from_the_baseline() -> None:
@@ -82,15 +82,15 @@ def test_labels_are_measured_by_the_move_from_the_baseline() -> None:
         for n in range(8)
     ]
     with gateway.client() as client:
-        verdict, _ = run_evaluation(client, subject(rows), report=quiet)
-    separation = next(check for check in verdict.checks if check.name == "label_separation")
+        result, _ = run_evaluation(client, subject(rows), report=quiet)
+    separation = next(check for check in result.checks if check.name == "label_separation")
     assert (separation.outcome, separation.candidate) == (Decision.PASS, 1.5)
 
 
 def test_what_is_the_same_request_is_asked_once() -> None:
     gateway = FakeGateway()
     with gateway.client() as client:
-        run_evaluation(client, subject(ROWS[:1]), report=quiet, effort=Effort(max_answers=0))
+        run_evaluation(client, subject(ROWS[:1]), report=quiet, extent=Extent(max_answers=0))
     # The baseline has neither adapter nor prompt: it is the base, whose score is asked once.
     assert [(body["model"], len(body["items"])) for body in gateway.bodies] == [
         ("assistant@1", 1),
@@ -100,9 +100,9 @@ def test_what_is_the_same_request_is_asked_once() -> None:
 
 def test_effort_bounds_what_is_asked() -> None:
     gateway = FakeGateway()
-    effort = Effort(max_rows=2, max_answers=3, max_tokens=5)
+    extent = Extent(max_rows=2, max_answers=3, max_tokens=5)
     with gateway.client() as client:
-        _, metrics = run_evaluation(client, subject(ROWS), report=quiet, effort=effort)
+        _, metrics = run_evaluation(client, subject(ROWS), report=quiet, extent=extent)
     assert (metrics["supervised_rows"], metrics["holdout_rows"]) == (2, 6)
     assert gateway.calls["/v1/chat/completions"] == 6
     assert {body.get("max_tokens", 5) for body in gateway.bodies} == {5}
@@ -111,8 +111,8 @@ def test_effort_bounds_what_is_asked() -> None:
 def test_without_rows_nothing_is_asked_and_nothing_decided() -> None:
     gateway = FakeGateway()
     with gateway.client() as client:
-        verdict, metrics = run_evaluation(client, subject([], left_out=3), report=quiet)
-    assert verdict.decision == Decision.INCONCLUSIVE
+        result, metrics = run_evaluation(client, subject([], left_out=3), report=quiet)
+    assert result.decision == Decision.INCONCLUSIVE
     assert metrics["left_out_rows"] == 3
     assert gateway.calls == {}
 
@@ -123,9 +123,9 @@ def test_a_row_that_cannot_be_scored_is_counted_and_left_out() -> None:
         200, json={"items": [{"error": "too_long"}]}
     )
     with gateway.client() as client:
-        verdict, metrics = run_evaluation(client, subject(ROWS[:1]), report=quiet)
+        result, metrics = run_evaluation(client, subject(ROWS[:1]), report=quiet)
     assert (metrics["unscored_rows"], metrics["supervised_rows"]) == (1, 0)
-    assert verdict.decision == Decision.INCONCLUSIVE
+    assert result.decision == Decision.INCONCLUSIVE
 
 
 @pytest.mark.parametrize(("status", "raises"), [(400, False), (404, True)])

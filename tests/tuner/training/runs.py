@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.training.config import TrainingConfig
-from tuner.training.data import Example
+from tuner.training.data import RenderedExample
 
 _WORDS = ("red", "green", "blue", "old", "new", "warm", "cat", "dog", "tree", "house", "river")
 
@@ -84,9 +84,9 @@ def train_here(config: TrainingConfig) -> list[dict[str, Any]]:
 
 def example(
     prompt: Iterable[int], *completions: Iterable[int], name: str = "e", weight: float = 1.0
-) -> Example:
+) -> RenderedExample:
     """An example of token ids; two completions make a pair."""
-    return Example(
+    return RenderedExample(
         id=name,
         kind="preference" if len(completions) == 2 else "supervised",
         prompt=tuple(prompt),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tuner.training.runs import build_config, example, supervised_rows
-from tuner.training.data import Example
+from tuner.training.data import RenderedExample
 from tuner.training.layout import pack, sequences_of
 from tuner.training.losses import dpo_loss, supervised_loss
 from tuner.training.model import TunedModel
@@ -21,7 +21,7 @@ from tuner.training.objective import Objective, add_metrics
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def pairs() -> list[Example]:
+def pairs() -> list[RenderedExample]:
     source = random.Random(3)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -43,7 +43,7 @@ def tuned(tmp_path: Path, tiny_model: Path) -> TunedModel:
     return model
 
 
-def our_loss(model: TunedModel, examples: list[Example]) -> tuple[float, dict[str, float]]:
+def our_loss(model: TunedModel, examples: list[RenderedExample]) -> tuple[float, dict[str, float]]:
     """The step's loss in forward passes of at most 40 tokens, as the loop would add it up."""
     objective = Objective(model._config, model)
     with model.base_only():

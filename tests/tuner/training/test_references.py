@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.tuner.training.runs import example
-from tuner.training.data import Example
+from tuner.training.data import RenderedExample
 from tuner.training.references import LogProbs, References
 
 PAIR = example((5, 6), (7, 2), (8, 9, 2))
@@ -20,7 +20,7 @@ class Base:
     def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self, asked: Example) -> LogProbs:
+    def __call__(self, asked: RenderedExample) -> LogProbs:
         self.asked += 1
         return tuple(
             np.array([-token / 7 for token in completion], dtype=np.float32)
