@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from feedback.db import canonical_json
+from feedback.canonical import canonical_json, json_of_text
 from feedback.errors import NotFound
 from feedback.formats.messages import texts_of
 from feedback.normal_form import normalise
@@ -80,21 +80,25 @@ class MessagesHash:
         return self._digest.hexdigest()[:32]
 
     def _add(self, message: Message) -> None:
-        calls = [
-            [
-                call.get("id"),
-                call.get("function", {}).get("name"),
-                call.get("function", {}).get("arguments"),
-            ]
-            for call in message.get("tool_calls") or ()
+        said = _line_of(message)
+        self._digest.update(said.encode("utf-8", "surrogatepass"))
+
+
+def _line_of(message: Message) -> str:
+    """What counts of a message: `[role, text, [[id, name, arguments], …], tool_call_id]`."""
+    role, text = message.get("role"), text_of(message.get("content")).strip()
+    calls, answered = message.get("tool_calls"), message.get("tool_call_id")
+    if not calls and answered is None and isinstance(role, str):  # nearly all are of this form
+        return f"[{json_of_text(role)},{json_of_text(text)},[],null]"
+    named = [
+        [
+            call.get("id"),
+            call.get("function", {}).get("name"),
+            call.get("function", {}).get("arguments"),
         ]
-        part = [
-            message.get("role"),
-            text_of(message.get("content")).strip(),
-            calls,
-            message.get("tool_call_id"),
-        ]
-        self._digest.update(canonical_json(part).encode("utf-8", "surrogatepass"))
+        for call in calls or ()
+    ]
+    return canonical_json([role, text, named, answered])
 
 
 def messages_hash(person_id: str, messages: Iterable[Message]) -> str:

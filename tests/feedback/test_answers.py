@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import func, select
 
 from feedback.answers import (
@@ -18,6 +21,7 @@ from feedback.answers import (
     set_metadata,
     text_of,
 )
+from feedback.canonical import canonical_json
 from feedback.comparisons import NewComparison, compare
 from feedback.db import Database, Driver
 from feedback.errors import NotFound
@@ -44,6 +48,22 @@ def test_conversations_that_differ_in_a_refusal_are_two() -> None:
     )
     assert messages_hash("p", one) != messages_hash("p", other)
     assert text_of(one[0]["content"]) == join_parts(one[0]["content"]) == "I can't."
+
+
+@given(
+    st.sampled_from(["user", "assistant", "tool", "prompt", 'a "role"', None]),
+    st.text() | st.none(),
+    st.none() | st.text(),
+    st.lists(st.fixed_dictionaries({"id": st.text(max_size=5)}), max_size=1),
+)
+def test_a_hash_is_that_of_the_canonical_form_of_each_message(
+    role: str | None, text: str | None, answered: str | None, calls: list[dict[str, Any]]
+) -> None:
+    message = {"role": role, "content": text, "tool_call_id": answered, "tool_calls": calls}
+    named = [[call["id"], None, None] for call in calls]
+    line = canonical_json([role, (text or "").strip(), named, answered])
+    expected = hashlib.sha256(b"p" + line.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    assert messages_hash("p", [message]) == expected
 
 
 def test_the_text_of_parts_has_a_line_for_each() -> None:

@@ -379,10 +379,13 @@ class Unread(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.left = 0  #: bytes that the client has not taken
+        self.writes: list[bytes] = []
         self.closing = self.aborted = False
 
     def write(self, data: Any) -> None:
+        assert not self.closing
         self.left += len(data)
+        self.writes.append(bytes(data))
 
     def get_write_buffer_size(self) -> int:
         return self.left
@@ -403,6 +406,15 @@ class Unread(asyncio.Transport):
         pass
 
 
+async def says_hello_later(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for piece in (b"he", b"llo"):
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
 async def says_hello(_scope: Any, _receive: Any, send: Any) -> None:
     headers = [(b"content-length", b"5")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -413,9 +425,9 @@ def build_bounds(**settings: Any) -> Bounds:
     return Bounds(GatewaySettings(**settings), Counter("reason"))
 
 
-async def connect(bounds: Bounds, *sent: bytes) -> BoundedHttpProtocol:
+async def connect(bounds: Bounds, *sent: bytes, app: Any = says_hello) -> BoundedHttpProtocol:
     """A connection that has sent this, after the gateway did what it can do about it."""
-    config = uvicorn.Config(says_hello, log_config=None)
+    config = uvicorn.Config(app, log_config=None)
     protocol: BoundedHttpProtocol = bounds.protocol()(config, ServerState(), {})
     protocol.connection_made(Unread())
     for piece in sent:
@@ -506,3 +518,31 @@ async def test_a_look_that_fails_ends_no_bound(caplog: pytest.LogCaptureFixture)
     assert actions == {"connection_look_failed"}
     for connection in (broken, other):
         connection.connection_lost(None)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("head", [START + b"\r\n", LAST])
+async def test_a_reply_that_is_there_leaves_in_one_write(head: bytes) -> None:
+    connection = await connect(build_bounds(), head)
+    (written,) = transport_of(connection).writes
+    assert written.startswith(b"HTTP/1.1 200")
+    assert written.endswith(b"\r\n\r\nhello")
+    assert transport_of(connection).closing is (head == LAST)
+
+
+@pytest.mark.anyio
+async def test_a_head_does_not_wait_for_a_body_that_comes_later() -> None:
+    connection = await connect(build_bounds(), START + b"\r\n", app=says_hello_later)
+    head, *pieces = transport_of(connection).writes
+    assert head.endswith(b"\r\n\r\n")
+    assert b"hello" not in head
+    assert pieces == [b"2\r\nhe\r\n", b"3\r\nllo\r\n", b"0\r\n\r\n"]
+
+
+@pytest.mark.anyio
+async def test_the_head_of_a_reply_without_a_body_leaves_before_the_next_reply() -> None:
+    asked = START.replace(b"GET", b"HEAD") + b"\r\n"
+    connection = await connect(build_bounds(), asked + START + b"\r\n")
+    first, second = transport_of(connection).writes
+    assert b"hello" not in first
+    assert second.endswith(b"hello")
