@@ -1,7 +1,7 @@
 """Deployments are made, and set otherwise.
 
 Owns: what a base must take before it serves a deployment, the room that one needs on an engine, and
-which changes act at once and which make a candidate. Does not own: the rows (`tuner/releases.py`),
+which changes act at once and which make a candidate. Does not own: the rows (`tuner/`),
 moves of releases (`promotion.py`). Functions take the session first and never commit.
 """
 
