@@ -1,4 +1,4 @@
-"""The gateway process put together: database, recorder, directory, fleet.
+"""The gateway process put together: database, recorder, directory, engines.
 
 Owns: their wiring and lifetimes. Does not own: routes (`endpoints/`), rules.
 """
@@ -29,11 +29,16 @@ from server.chat.tracing import Tracer, build_tracer
 from server.chat.writer import writer_lock
 from server.cluster.presence import present
 from server.engines.base import EngineAddress
-from server.engines.fleet import Fleet, managed_address
+from server.engines.chooser import Chooser
+from server.engines.conductor import Conductor
+from server.engines.picture import Picture, Roles
+from server.engines.pins import Pins
 from server.engines.same_prompt import SamePrompt
+from server.engines.tool_calls import ToolCalls
 from server.engines.vllm import VllmEngine
 from server.http.intake import Intake
 from server.metrics import Figures
+from server.processes.engine_record import managed_address
 from server.remains import Remains
 from server.settings import Settings
 from tuner.adapters import AdapterRefused, AdapterStore
@@ -54,7 +59,10 @@ class Gateway:
     recorder: Recorder
     directory: Directory
     callers: Callers
-    fleet: Fleet
+    chooser: Chooser
+    pins: Pins
+    tool_calls: ToolCalls
+    conductor: Conductor
     store: AdapterStore
     limits: LimitBook
     signing: Signing
@@ -74,7 +82,7 @@ class Gateway:
     async def parses_tools(self) -> bool | None:
         """Whether the engines can call tools: what is set, else what they show."""
         declared = self.settings.engine.parses_tools
-        return declared if declared is not None else await self.fleet.parses_tools()
+        return declared if declared is not None else await self.tool_calls.are_parsed()
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that nobody waits for; its failure is logged."""
@@ -102,7 +110,8 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
 
     def addresses() -> Iterable[EngineAddress]:
         if not engine.urls:
-            return managed_address(settings.run_dir)
+            managed = managed_address(settings.run_dir)
+            return [] if managed is None else [managed]
         key = engine.api_key.get_secret_value() if engine.api_key else None
         return [
             EngineAddress(f"engine-{i}", url.rstrip("/"), key) for i, url in enumerate(engine.urls)
@@ -124,20 +133,26 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
                 raise OSError(f"adapter {adapter_id} has no reference figures")
             return adapter.probe
 
-    fleet = Fleet(
+    unknown = Picture(
         base_name=base.name,
         capacity=min(engine.max_loras, engine.max_cpu_loras or engine.max_loras),
-        addresses=addresses,
-        connect=VllmEngine,
-        reference=reference,
-        path=path,
-        required=lambda: [d.production for d in directory.snapshot.deployments.values()],
-        wanted=lambda: directory.snapshot.roles,
         traits={
             "base_revision": base.revision,
             "dtype": engine.dtype,
             "quantization": engine.args.get("quantization"),
         },
+    )
+    chooser = Chooser(
+        unknown, connect=VllmEngine, look_at=lambda engine_id: conductor.look_at(engine_id)
+    )
+    conductor = Conductor(
+        unknown,
+        addresses=addresses,
+        connect=VllmEngine,
+        reference=reference,
+        path=path,
+        traffic=chooser,
+        publish=chooser.show,
         find_difference=SamePrompt(
             base,
             min_model_len=engine.max_model_len or min(TRAINED_TOKENS, base.max_position_embeddings),
@@ -150,16 +165,17 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
         with contextlib.ExitStack() as stack:
             for deployment in snapshot.deployments.values():
                 release = deployment.production
-                if fleet.is_ready() and not fleet.serves(release):
-                    stack.enter_context(fleet.keep(release))
+                if chooser.picture.is_ready and not chooser.picture.serves(release):
+                    stack.enter_context(conductor.keep(release))
                     try:
-                        await fleet.prepare(release)
+                        await conductor.prepare(release)
                     except AppError as error:
                         logger.warning(
                             "Production is not ready here",
                             extra={"action": "flip_unready", "reason": error.message},
                         )
             yield
+            conductor.assign(_roles(snapshot))
 
     directory = Directory(database, base.name, before_flip, signing.tokens)
     callers = Callers(database, lambda: directory.keyring, settings.gateway.user_headers)
@@ -174,21 +190,29 @@ def build_gateway(settings: Settings, base: BaseModel, database: Database) -> Ga
     limits = LimitBook(Limits(**settings.limits.model_dump(exclude={"unfinished_jobs"})))
     remains = Remains(database, dead_letters)
     gateway = Gateway(
-        settings,
-        base,
-        database,
-        recorder,
-        directory,
-        callers,
-        fleet,
-        store,
-        limits,
-        signing,
-        remains,
+        settings=settings,
+        base=base,
+        database=database,
+        recorder=recorder,
+        directory=directory,
+        callers=callers,
+        chooser=chooser,
+        pins=Pins(chooser, conductor.prepare),
+        tool_calls=ToolCalls(chooser),
+        conductor=conductor,
+        store=store,
+        limits=limits,
+        signing=signing,
+        remains=remains,
     )
     if settings.tracing.enabled:
         gateway.tracer = build_tracer(gateway.id)
     return gateway
+
+
+def _roles(snapshot: Snapshot) -> Roles:
+    required = (deployment.production for deployment in snapshot.deployments.values())
+    return Roles(required=tuple(required), wanted=snapshot.roles)
 
 
 @asynccontextmanager
@@ -205,7 +229,7 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
             interval = gateway.settings.gateway.refresh_seconds
             tasks = [
                 asyncio.create_task(gateway.directory.follow(interval)),
-                asyncio.create_task(gateway.fleet.follow(interval)),
+                asyncio.create_task(gateway.conductor.follow(interval)),
                 asyncio.create_task(gateway.remains.follow()),
             ]
             try:
@@ -215,7 +239,9 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                await gateway.fleet.close()
+                await gateway.tool_calls.close()
+                await gateway.chooser.close()
+                await gateway.conductor.close()
         finally:
             await gateway.recorder.stop()
             if gateway.tracer is not None:

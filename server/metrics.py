@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.engines.fleet import EngineStatus
+from server.engines.picture import EngineStatus
 
 if TYPE_CHECKING:
     from server.gateway import Gateway
@@ -96,6 +96,7 @@ class Figures:
         self.completion_tokens = Counter("release", "arm")
         self.judgements = Counter("kind", "source")
         self.not_recorded = Counter()
+        self.integrity_errors = Counter()
         self.connections_ended = Counter("reason")
         labels = ("release", "arm")
         self.duration = {kind: Histogram(_SECONDS, *labels) for kind in ("plain", "streamed")}
@@ -128,8 +129,9 @@ def build_metrics(gateway: Gateway) -> str:
 
 def _lines(gateway: Gateway) -> Iterator[str]:
     yield from _traffic_lines(gateway.figures)
-    recorder, fleet, snapshot = gateway.recorder, gateway.fleet, gateway.directory.snapshot
-    members = list(fleet.members.values())
+    recorder, chooser, snapshot = gateway.recorder, gateway.chooser, gateway.directory.snapshot
+    picture = chooser.picture
+    engines = list(picture.engines.values())
     yield from _family(
         "burnish_recorder_rows_committed_total",
         "counter",
@@ -150,7 +152,7 @@ def _lines(gateway: Gateway) -> Iterator[str]:
         "gauge",
         "Engines by state.",
         [
-            ({"state": str(state)}, sum(member.status is state for member in members))
+            ({"state": str(state)}, sum(engine.status is state for engine in engines))
             for state in EngineStatus
         ],
     )
@@ -158,25 +160,25 @@ def _lines(gateway: Gateway) -> Iterator[str]:
         "burnish_engine_running_requests",
         "gauge",
         "Requests that run on an engine.",
-        [({"engine": member.id}, sum(member.running.values())) for member in members],
+        [({"engine": target.id}, target.busy) for target in chooser.targets.values()],
     )
     yield from _family(
         "burnish_engine_adapters",
         "gauge",
         "Adapters that an engine holds.",
-        [({"engine": member.id}, len(member.loaded)) for member in members],
+        [({"engine": engine.id}, len(engine.adapters)) for engine in engines],
     )
     yield from _family(
         "burnish_adapter_slots",
         "gauge",
         "Adapters that an engine may hold.",
-        [({}, fleet.smallest_slots())],
+        [({}, picture.smallest_slots())],
     )
     yield from _family(
         "burnish_integrity_errors_total",
         "counter",
         "Answers of an engine under another name than it was asked for.",
-        [({}, fleet.integrity_errors)],
+        gateway.figures.integrity_errors.samples() or [({}, 0)],
     )
     yield from _family(
         "burnish_deployment_generation",

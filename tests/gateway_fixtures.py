@@ -132,8 +132,13 @@ class RunningGateway:
         return self.run(promotion.rollback(self.gateway, "assistant", Move(actor="admin")))
 
     def reconcile(self) -> None:
-        """Have the fleet look at its engines; returns afterwards."""
-        self.run(self.gateway.fleet.reconcile())
+        """Have all engines looked at; returns afterwards."""
+        self.run(self.gateway.conductor.reconcile())
+
+    def set_capacity(self, adapters: int) -> None:
+        """How many adapters an engine may hold from now on, by the settings."""
+        self.gateway.conductor.loader.capacity = adapters
+        self.reconcile()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the gateway's own loop; its result."""
@@ -270,7 +275,7 @@ def start_gateway(
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
         serving = asyncio.ensure_future(server.serve())
-        while not (server.started and gateway.fleet.is_ready()) and not serving.done():
+        while not (server.started and gateway.chooser.picture.is_ready) and not serving.done():
             await asyncio.sleep(0.01)
         started.set()
         await serving
@@ -286,7 +291,7 @@ def start_gateway(
     thread.start()
     clients: list[httpx.Client] = []
     try:
-        assert started.wait(30), gateway.fleet.explain_not_ready()
+        assert started.wait(30), gateway.chooser.picture.explain_not_ready()
         assert server.started
         url = f"http://127.0.0.1:{settings.port}"
         yield RunningGateway(url, gateway, admin_key, worker_key, loops[0], clients)

@@ -1,6 +1,6 @@
 """Reads from the database what the gateway answers from memory: deployments, releases, keys.
 
-Owns: loading, and the object that holds the newest picture. Does not own: the rules (`routing.py`,
+Owns: loading, and the object that holds the newest snapshot. Does not own: the rules (`routing.py`,
 `access/keys.py`).
 """
 
@@ -36,7 +36,7 @@ def load_release(session: Session, name: str) -> ReleaseView | None:
 
 
 def load_snapshot(session: Session, base_model: str, served: Iterable[str]) -> Snapshot:
-    """The present picture; `served` names releases beyond the roles that some engine holds."""
+    """The present state; `served` names releases beyond the roles that some engine holds."""
     deployments = list(session.scalars(select(Deployment)))
     wanted = set(served)
     for row in deployments:
@@ -142,7 +142,7 @@ class Directory:
             return snapshot, load_keyring(session, self._token_secret)
 
     async def follow(self, interval_seconds: float) -> None:
-        """Refresh for ever; a database that is away leaves the last picture in force."""
+        """Refresh for ever; a database that is away leaves the last snapshot in force."""
         while True:
             await asyncio.sleep(interval_seconds)
             try:

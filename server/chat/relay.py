@@ -33,7 +33,7 @@ from server.chat.reply import Heard, choices_of, count_in, parse, usage_of
 from server.chat.stream import DONE, LARGEST_EVENT, Events, Forms, names_of
 from server.chat.tracing import CLIENT_LEFT, Trace
 from server.engines.base import EngineReply, EngineUnreachable
-from server.engines.fleet import Fleet, Member
+from server.engines.chooser import Chooser, Target
 from server.errors import (
     EngineFault,
     IntegrityFault,
@@ -154,7 +154,7 @@ class Relay:
         self,
         exchange: Exchange,
         *,
-        fleet: Fleet,
+        chooser: Chooser,
         recorder: Recorder,
         commit_timeout: float,
         engine_timeout: float,
@@ -166,7 +166,7 @@ class Relay:
     ) -> None:
         self._exchange = exchange
         self._on_missing_person = on_missing_person
-        self._fleet = fleet
+        self._chooser = chooser
         self._recorder = recorder
         self._commit_timeout = commit_timeout
         self._engine_timeout = engine_timeout
@@ -312,19 +312,19 @@ class Relay:
     async def _ask(self, client: Reply) -> None:
         """Ask an engine; before the first token, once more on another one."""
         name = self._exchange.engine_name
-        member = self._fleet.choose(name)
+        target = self._chooser.choose(name)
         for last in (False, True):
-            self._engine_id = member.id
+            self._engine_id = target.id
             try:
-                with self._fleet.run(member, name):
-                    await self._exchange_with(member, client)
+                with self._chooser.run(target, name):
+                    await self._exchange_with(target, client)
                 return
             except (EngineUnreachable, NotLoaded) as error:
-                self._fleet.suspect(member, str(error))
+                self._chooser.suspect(target, str(error))
                 fault = self._gone(error, client)
             except EngineFault as error:
                 fault = error
-            another = None if last or client.begun else self._fleet.find_another(name, member)
+            another = None if last or client.begun else self._chooser.find_another(name, target)
             if another is None:
                 raise fault
             logger.warning(
@@ -332,12 +332,12 @@ class Relay:
                 # Not the message: an engine's own words may repeat the prompt.
                 extra={
                     "action": "answer_retried",
-                    "engine": member.id,
+                    "engine": target.id,
                     "code": fault.code,
                     "status": fault.status,
                 },
             )
-            member = another
+            target = another
             self._forget()
 
     def _gone(self, error: EngineUnreachable | NotLoaded, client: Reply) -> AppError:
@@ -347,13 +347,13 @@ class Relay:
             return EngineFault("the engine went away while it answered", code="engine_failed")
         return NotReady("the engine failed before it answered; try again", code="engine_failed")
 
-    async def _exchange_with(self, member: Member, client: Reply) -> None:
+    async def _exchange_with(self, target: Target, client: Reply) -> None:
         exchange = self._exchange
         self._times.asked = time.perf_counter()
         headers = None
         if self._trace is not None:
-            headers = self._trace.asked(member.id, member.engine.address.url)
-        async with member.engine.post(
+            headers = self._trace.asked(target.id, target.engine.address.url)
+        async with target.engine.post(
             exchange.path,
             exchange.body,
             request_id=exchange.request_id,
@@ -500,7 +500,7 @@ class Relay:
     def _check_name(self, answer: dict[str, Any]) -> None:
         """The engine must answer under the name that it was asked under."""
         if answer.get("model") != self._exchange.engine_name:
-            self._fleet.integrity_errors += 1
+            self._figures.integrity_errors.add()
             logger.critical(
                 "Engine answered under another name",
                 extra={

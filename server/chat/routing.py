@@ -1,8 +1,8 @@
 """Which release answers a request.
 
-Owns: the gateway's picture of deployments (`Snapshot`) and the pure rule `route`. Does not own:
-reading that picture from the database (`directory.py`), or which engine has the adapter
-(`engines/fleet.py`).
+Owns: the gateway's view of deployments (`Snapshot`) and the pure rule `route`. Does not own:
+reading a snapshot from the database (`directory.py`), or which engine has the adapter
+(`engines/chooser.py`).
 """
 
 from __future__ import annotations

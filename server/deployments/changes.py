@@ -59,9 +59,10 @@ def create_deployment(
         created_by=caller.key.user,
     )
     count = session.scalar(select(func.count()).select_from(Deployment)) or 0
-    if count > (gateway.fleet.capacity - 1) // 3:
+    capacity = gateway.chooser.picture.capacity
+    if count > (capacity - 1) // 3:
         raise Conflict(
-            f"{count - 1} deployments are there, and an engine holds {gateway.fleet.capacity} "
+            f"{count - 1} deployments are there, and an engine holds {capacity} "
             f"adapters: another one takes engine.max_loras of at least {3 * count + 1} "
             "(three for each and one more)",
             code="no_adapter_slot",

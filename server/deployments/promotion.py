@@ -1,9 +1,9 @@
 """The effects of promote and rollback: engines first, then one row, then the flip, then the drain.
 
 Owns: the order of those steps and what is written to the audit log. Does not own: who may be
-promoted (`tuner/moves.py`) or how an engine is asked (`engines/fleet.py`). Covered: the gateway
-killed between any two steps (the row is the truth, engines follow it), two moves at once, an
-adapter that an engine does not really serve.
+promoted (`tuner/moves.py`) or how engines are prepared (`engines/conductor.py`). Covered: the
+gateway killed between any two steps (the row is the truth, engines follow it), two moves at once,
+an adapter that an engine does not really serve.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from feedback.errors import Conflict, NotFound
 from server.access.visibility import append_audit_of
 from server.chat.directory import load_release
 from server.chat.routing import ReleaseView
-from server.engines.fleet import Unfit
+from server.engines.loading import Unfit
 from server.engines.proof import Outcome, Proof
 from server.gateway import Gateway
 from tuner import deployments, moves, releases
@@ -56,7 +56,7 @@ async def promote(gateway: Gateway, deployment: str, release: str, move: Move) -
     async with gateway.move_lock(deployment):
         generation, view = await asyncio.to_thread(_check, gateway, deployment, release, move)
         await asyncio.to_thread(_check_adapter, gateway, view)
-        with gateway.fleet.keep(view):
+        with gateway.conductor.keep(view):
             proofs = await _prepare(gateway, view, move)
             row = await asyncio.to_thread(
                 _commit_promotion, gateway, deployment, view, generation, move, proofs
@@ -91,7 +91,7 @@ async def _drain(gateway: Gateway) -> None:
     """Unload what has lost its role, once no other gateway sends it requests any more."""
     if not gateway.database.is_sqlite:
         await asyncio.sleep(2 * gateway.settings.gateway.refresh_seconds)
-    await gateway.fleet.trim()
+    await gateway.conductor.trim()
 
 
 async def _flip(gateway: Gateway) -> None:
@@ -150,7 +150,7 @@ def _check_adapter(gateway: Gateway, release: ReleaseView) -> None:
 
 async def _prepare(gateway: Gateway, release: ReleaseView, move: Move) -> Mapping[str, Proof]:
     try:
-        return await gateway.fleet.prepare(release)
+        return await gateway.conductor.prepare(release)
     except Unfit as error:
         outcome = error.proof.outcome if error.proof is not None else None
         if outcome is Outcome.UNPROVEN:
@@ -178,12 +178,12 @@ async def _accept(
         "by": move.actor,
         "note": move.note,
         "at": now().isoformat(),
-        **gateway.fleet.traits,
+        **gateway.chooser.picture.traits,
         "proof": proof.as_details(),
     }
     await asyncio.to_thread(_mark_unproven, gateway, release.name, error.message, acceptance)
     accepted = await asyncio.to_thread(_load, gateway, release.name)
-    return await gateway.fleet.prepare(accepted)
+    return await gateway.conductor.prepare(accepted)
 
 
 def _load(gateway: Gateway, name: str) -> ReleaseView:

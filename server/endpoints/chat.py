@@ -49,7 +49,7 @@ from server.chat.request import (
 )
 from server.chat.routing import ReleaseView, Route, check_model, route, unknown_model
 from server.chat.tracing import Trace
-from server.engines.fleet import Hold
+from server.engines.chooser import Hold
 from server.gateway import Gateway
 from server.http.bodies import parse_body, read_body, refuse_nul
 from server.http.request_ids import identify
@@ -110,7 +110,7 @@ class Completions:
         reply = Reply(send, path, {"x-request-id": number}, gateway.figures)
         admission: Admission | None = None
         trace: Trace | None = None
-        hold = gateway.fleet.holding()
+        hold = gateway.chooser.holding()
         try:
             if gateway.tracer is not None:
                 trace = gateway.tracer.start(scope)
@@ -130,7 +130,7 @@ class Completions:
             await _check_recorder(gateway)
             relay = Relay(
                 exchange,
-                fleet=gateway.fleet,
+                chooser=gateway.chooser,
                 recorder=gateway.recorder,
                 commit_timeout=gateway.settings.gateway.commit_timeout_seconds,
                 engine_timeout=gateway.settings.gateway.engine_timeout_seconds,
@@ -193,7 +193,7 @@ async def _prepare(
     check_model(gateway.directory.snapshot, parsed.model, key.deployments)
     pinned = await _find_pinned(gateway, key, parsed.model) if "@" in parsed.model else None
     caller = await gateway.callers.caller(key, body, headers)
-    gateway.fleet.check_ready()
+    gateway.chooser.check_ready()
     if kind is AnswerKind.TASK:
         external_id = None  # about a conversation, not of it: its release must not become theirs
     said = MessagesHash(caller.person_id, parsed.messages)
@@ -202,7 +202,7 @@ async def _prepare(
     chosen = await _route(
         gateway, caller, parsed.model, pinned, None if regenerates else earlier, hold
     )
-    gateway.fleet.choose(chosen.engine_name)  # 503 before anything is recorded
+    gateway.chooser.choose(chosen.engine_name)  # 503 before anything is recorded
     # Of a text that is large other requests don't wait for it.
     root = (
         root_hash(parsed.messages)
@@ -300,7 +300,7 @@ async def _route(
     hold: Hold,
 ) -> Route:
     """Who answers. From here to the request's end nothing unloads that release."""
-    fleet, snapshot, allowed = gateway.fleet, gateway.directory.snapshot, caller.key.deployments
+    snapshot, allowed = gateway.directory.snapshot, caller.key.deployments
     chosen = route(
         snapshot, model, person_id=caller.person_id, allowed=allowed, earlier=earlier, pinned=pinned
     )
@@ -308,10 +308,10 @@ async def _route(
         return chosen
     if chosen.arm is Arm.PINNED:
         evaluates = caller.key.allows(Scope.INTERNAL)
-        await fleet.pin(chosen.release, hold, tolerate_noise=evaluates)
+        await gateway.pins.pin(chosen.release, hold, tolerate_noise=evaluates)
         gateway.directory.remember(chosen.release.name)
         return chosen
-    if earlier is not None and not fleet.serves(chosen.release):
+    if earlier is not None and not gateway.chooser.picture.serves(chosen.release):
         # The conversation's release is loaded nowhere: it goes on with another.
         chosen = route(snapshot, model, person_id=caller.person_id, allowed=allowed)
     if chosen.release is not None:

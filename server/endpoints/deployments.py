@@ -23,11 +23,11 @@ from server.deployments.promotion import Move
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.fields import Generation, Name, Note
+from server.engines.picture import Picture
 from server.gateway import Gateway
 from server.views.deployments import (
     ChangedDeployment,
     DeploymentObject,
-    EngineView,
     view_deployment,
 )
 from server.views.objects import Page, page
@@ -132,39 +132,29 @@ class Rollback(Body):
     note: Note | None = None
 
 
-async def view_engines(gateway: GatewayDep) -> list[EngineView]:
+async def picture_of(gateway: GatewayDep) -> Picture:
     """All engines as they are now."""
-    return [
-        EngineView(
-            id=member.id,
-            state=str(member.status),
-            reason=member.reason or None,
-            ready=member.is_ready_for(gateway.base.name, gateway.base.name),
-            adapter_slots=gateway.fleet.slots(member),
-            loaded=frozenset(name for name, proof in member.loaded.items() if proof is not None),
-        )
-        for member in gateway.fleet.members.values()
-    ]
+    return gateway.chooser.picture
 
 
-EnginesDep = Annotated[list[EngineView], Depends(view_engines)]
+PictureDep = Annotated[Picture, Depends(picture_of)]
 
 
 @router.get("")
 def list_deployments(
-    caller: CallerDep, session: ReadSession, engines: EnginesDep
+    caller: CallerDep, session: ReadSession, picture: PictureDep
 ) -> Page[DeploymentObject]:
     """All deployments, by name."""
     rows = deployments.list_deployments(session, names=caller.key.deployments)
-    return page([view_deployment(session, caller, row, engines) for row in rows], False)
+    return page([view_deployment(session, caller, row, picture) for row in rows], False)
 
 
 @router.get("/{name}")
 def get_one_deployment(
-    name: str, caller: CallerDep, session: ReadSession, engines: EnginesDep
+    name: str, caller: CallerDep, session: ReadSession, picture: PictureDep
 ) -> DeploymentObject:
     """One deployment: its roles, its settings, and what its engines hold."""
-    return view_deployment(session, caller, get_deployment(session, caller, name), engines)
+    return view_deployment(session, caller, get_deployment(session, caller, name), picture)
 
 
 @router.post("", status_code=201)
@@ -262,10 +252,10 @@ async def _change(
 
 
 async def _show(gateway: Gateway, caller: Caller, name: str) -> DeploymentObject:
-    engines = await view_engines(gateway)
+    picture = gateway.chooser.picture
 
     def show(session: Session) -> DeploymentObject:
-        return view_deployment(session, caller, get_deployment(session, caller, name), engines)
+        return view_deployment(session, caller, get_deployment(session, caller, name), picture)
 
     return await asyncio.to_thread(_read, gateway, show)
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 from typing_extensions import TypedDict
 
 from server.endpoints.dependencies import GatewayDep
+from server.engines.picture import EngineStatus
 from server.engines.reasons import in_public
 from server.gateway import Gateway
 
@@ -44,11 +45,12 @@ async def healthz() -> Alive:
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "Not yet, or no more."}})
 async def readyz(gateway: GatewayDep, response: Response) -> Readiness:
     """Ready to answer, loading, or failed and why."""
+    picture = gateway.chooser.picture
     engines: list[EngineState] = [
-        {"id": m.id, "state": m.status, "reason": m.reason or None}
-        for m in gateway.fleet.members.values()
+        {"id": engine.id, "state": engine.status, "reason": engine.reason or None}
+        for engine in picture.engines.values()
     ]
-    if not gateway.stopping and gateway.fleet.is_ready():
+    if not gateway.stopping and picture.is_ready:
         return {"status": "ready", "engines": engines}
     status, reason = _why_not(gateway)
     response.status_code = 503
@@ -57,11 +59,10 @@ async def readyz(gateway: GatewayDep, response: Response) -> Readiness:
 
 
 def _why_not(gateway: Gateway) -> tuple[Literal["loading", "failed", "stopping"], str]:
-    """From the fleet, and from what the supervisor wrote about the managed engine."""
+    """From the picture, and from what the supervisor wrote about the managed engine."""
     if gateway.stopping:
         return "stopping", "the gateway is shutting down"
-    members = list(gateway.fleet.members.values())
-    failed = [m for m in members if m.status == "failed"]
+    picture = gateway.chooser.picture
     try:
         state = json.loads(
             (gateway.settings.run_dir / "supervisor.json").read_text(encoding="utf-8")
@@ -74,8 +75,8 @@ def _why_not(gateway: Gateway) -> tuple[Literal["loading", "failed", "stopping"]
         return "failed", f"the engine does not start: {why}"
     if engine is not None and engine.get("state") == "backoff":
         return "loading", f"the engine ended and is started again: {why}"
-    if failed:
-        return "failed", gateway.fleet.explain_not_ready()
-    if gateway.settings.engine.urls and members:
-        return "loading", gateway.fleet.explain_not_ready()
+    if any(engine.status is EngineStatus.FAILED for engine in picture.engines.values()):
+        return "failed", picture.explain_not_ready()
+    if gateway.settings.engine.urls and picture.engines:
+        return "loading", picture.explain_not_ready()
     return "loading", "the engine is starting; the first start takes about a minute"

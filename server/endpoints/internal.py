@@ -16,7 +16,7 @@ from server.chat.routing import ReleaseView
 from server.endpoints.bodies import Body, Part, WorkerRoute
 from server.endpoints.dependencies import CallerDep, GatewayDep
 from server.engines.base import Engine, EngineRefused, EngineUnreachable
-from server.engines.fleet import Lease
+from server.engines.claims import EvaluationSlot
 from server.errors import EngineFault
 from server.gateway import Gateway
 from tuner.base_models import BaseModel
@@ -33,7 +33,7 @@ router = APIRouter(
     prefix="/internal", tags=["internal"], include_in_schema=False, route_class=WorkerRoute
 )
 
-LEASE_SECONDS = 60.0
+SLOT_SECONDS = 60.0
 
 
 class SlotRequest(Body):
@@ -58,22 +58,22 @@ async def hold_slot(body: SlotRequest, _caller: CallerDep, gateway: GatewayDep) 
     release = await asyncio.to_thread(_find, gateway, body.release)
     if release.state in (ReleaseState.DISCARDED, ReleaseState.FAILED):
         raise Conflict(f"{release.name!r} is {release.state}", code=f"release_{release.state}")
-    lease = await gateway.fleet.hold_evaluation_slot(release, new_id("slot_"), LEASE_SECONDS)
+    slot = await gateway.conductor.take_evaluation_slot(release, new_id("slot_"), SLOT_SECONDS)
     gateway.directory.remember(release.name)
     await gateway.directory.refresh()
-    return _lease(lease)
+    return _describe(slot)
 
 
 @router.post("/evaluation-slot/{token}/beat")
 async def keep_slot(token: str, _caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
     """Keep the slot for another while."""
-    return _lease(gateway.fleet.renew(token, LEASE_SECONDS))
+    return _describe(gateway.conductor.renew_evaluation_slot(token, SLOT_SECONDS))
 
 
 @router.delete("/evaluation-slot/{token}")
 async def give_slot_back(token: str, _caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
     """The evaluation has ended."""
-    gateway.fleet.give_back(token)
+    gateway.conductor.give_evaluation_slot_back(token)
     return {"token": token, "released": True}
 
 
@@ -86,24 +86,24 @@ async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> 
         if release is None:
             release = await asyncio.to_thread(_find, gateway, body.model)
         engine_name = release.engine_name
-    member = gateway.fleet.choose(engine_name)
+    target = gateway.chooser.choose(engine_name)
     try:
-        with gateway.fleet.run(member, engine_name):
+        with gateway.chooser.run(target, engine_name):
             prepared = [
-                await tokenize_item(member.engine, gateway.base, item) for item in body.items
+                await tokenize_item(target.engine, gateway.base, item) for item in body.items
             ]
             wanted = [full for full in prepared if isinstance(full, tuple)]
             figures = (
-                await member.engine.prompt_logprobs(engine_name, [ids for _, ids in wanted])
+                await target.engine.prompt_logprobs(engine_name, [ids for _, ids in wanted])
                 if wanted
                 else []
             )
     except EngineUnreachable as error:
-        gateway.fleet.suspect(member, str(error))
+        gateway.chooser.suspect(target, str(error))
         raise NotReady("the engine went away; try again", code="engine_failed") from None
     except EngineRefused as error:
         if error.status == 404:  # its own words may repeat a text, and the reason is logged
-            gateway.fleet.suspect(member, f"it has forgotten {engine_name!r}")
+            gateway.chooser.suspect(target, f"it has forgotten {engine_name!r}")
         raise EngineFault(f"the engine refused: {error.message}", code="engine_refused") from None
     scored = iter(zip(wanted, figures, strict=True))
     items: list[dict[str, Any]] = []
@@ -176,9 +176,9 @@ def _find(gateway: Gateway, name: str) -> ReleaseView:
     return release
 
 
-def _lease(lease: Lease) -> dict[str, Any]:
+def _describe(slot: EvaluationSlot) -> dict[str, Any]:
     return {
-        "token": lease.token,
-        "release": lease.release.name,
-        "expires_in_seconds": LEASE_SECONDS,
+        "token": slot.token,
+        "release": slot.release.name,
+        "expires_in_seconds": SLOT_SECONDS,
     }

@@ -1,1 +1,1 @@
-"""Inference engines: the seam, vLLM, its process, the shipped fake, the fleet."""
+"""Inference engines: the seam, vLLM, the conductor, the chooser."""

@@ -1,9 +1,8 @@
 """The seam between the gateway and an inference engine.
 
 Owns the words: what an engine can be asked, and how it refuses. `vllm.py` speaks to a vLLM server
-over HTTP; `fake/` is a server with vLLM's surface and none of its weight. One contract suite runs
-on both. Does not own: which adapters belong on an engine (`fleet.py`) or how its process lives
-(`process.py`).
+over HTTP. One contract suite runs on a real one and on the fake of the tests. Does not own: which
+adapters belong on an engine (`conductor.py`) or how its process lives (`processes/engine.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Does an engine really answer with these weights? The rule that reads a probe's figures.
 
-Owns: the pure judgement. Does not own: asking the engine (`fleet.py`) or the trainer's figures
+Owns: the pure judgement. Does not own: asking the engine (`loading.py`) or the trainer's figures
 (`tuner/training/probe.py`).
 """
 

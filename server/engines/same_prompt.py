@@ -3,7 +3,7 @@
 An engine that is given by URL may have been started with another template or a shorter context.
 Then it answers other prompts than training and evaluations render, and no answer shows it. Owns:
 what is asked of an engine that was just met, and the reason that people read. Does not own: which
-engines get traffic (`fleet.py`).
+engines get traffic (`conductor.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The managed engine: one vLLM server as a child of the supervisor.
 
 Owns: its arguments and environment (with defaults for small CPU machines, measured in
-`docs/engine-defaults.md`), its address and key, and `DATA/run/engine.json`, by which a gateway
-finds it. Does not own: how children are kept alive (`supervisor.py`) or what is asked of an
+`docs/engine-defaults.md`), its address and key, and that its record says them. Does not own: the
+record (`engine_record.py`), how children are kept alive (`supervisor.py`) or what is asked of an
 engine (`engines/vllm.py`).
 """
 
@@ -17,14 +17,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from server.engines import cpu_lora
 from server.engines.tool_parsers import tool_options
 from server.machine import GIB, Machine, read_machine
 from server.processes.children import Launch, write_private_json
+from server.processes.engine_record import EngineRecord
 from server.settings import BUNDLED_MODEL, Settings
 from tuner.base_models import BaseModel, describe_base, read_chat_template
 from tuner.work.trainer import environment_for_others
@@ -36,31 +36,6 @@ CPU_SEQUENCES = 16
 
 class EngineSettingsError(ValueError):
     """`[engine]` asks for something that can't be; the message names the key."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRecord:
-    """What `DATA/run/engine.json` says about the engine that runs."""
-
-    url: str
-    api_key: str
-    pid: int
-    boot_id: str  #: random, new with every start
-    started_at: float  #: seconds since the epoch, UTC
-    base_name: str
-    model_path: str
-    max_loras: int
-    max_cpu_loras: int
-    max_lora_rank: int
-    log: str
-
-
-def read_engine_record(run_dir: Path) -> EngineRecord | None:
-    """The managed engine's record, or None; it may be of an engine that has died since."""
-    try:
-        return EngineRecord(**json.loads((run_dir / "engine.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
 
 
 def engine_command(

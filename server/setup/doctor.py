@@ -27,8 +27,8 @@ from server.processes.engine import (
     EngineSettingsError,
     answers_ok,
     engine_command,
-    read_engine_record,
 )
+from server.processes.engine_record import read_engine_record
 from server.schema import check_schema
 from server.settings import Settings
 from tuner.base_models import BaseModelError, describe_base, read_chat_template

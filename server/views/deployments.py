@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -12,6 +10,7 @@ from typing_extensions import TypedDict
 
 from server.access.keyring import Caller
 from server.access.scopes import Scope
+from server.engines.picture import Picture
 from server.views.objects import unix
 from tuner import deployments, releases
 from tuner.tables import Deployment, Release
@@ -55,20 +54,8 @@ class ChangedDeployment(DeploymentObject):
     candidate: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineView:
-    """An engine at one moment. Taken in the event loop, which owns the fleet."""
-
-    id: str
-    state: str
-    reason: str | None
-    ready: bool
-    adapter_slots: int
-    loaded: frozenset[str]  #: engine names that are proven there
-
-
 def view_deployment(
-    session: Session, caller: Caller, row: Deployment, engines: Sequence[EngineView]
+    session: Session, caller: Caller, row: Deployment, picture: Picture
 ) -> DeploymentObject:
     """A deployment as it is now; its system prompt is for curators."""
     production = releases.production_of(session, row)
@@ -92,39 +79,38 @@ def view_deployment(
         "sampling": production.sampling,
         "policies": row.policies,
         "sources": row.sources,
-        "engines": _engines(session, row, engines),
+        "engines": _engines(session, row, picture),
         "created_at": unix(row.created_at),
     }
 
 
-def _engines(
-    session: Session, row: Deployment, engines: Sequence[EngineView]
-) -> list[EngineObject]:
+def _engines(session: Session, row: Deployment, picture: Picture) -> list[EngineObject]:
     """Each engine with the releases of this deployment that it can serve.
 
     They are those with a role, and all others whose adapter is loaded there.
     """
     roles = {number for number in (row.production, row.previous, row.canary) if number is not None}
-    loaded = {name for engine in engines for name in engine.loaded}
+    engines = picture.engines.values()
+    proven = {name for engine in engines for name in engine.proven()}
     found = session.scalars(
         select(Release)
         .where(
             Release.deployment == row.name,
-            Release.number.in_(roles) | Release.engine_name.in_(loaded),
+            Release.number.in_(roles) | Release.engine_name.in_(proven),
         )
         .order_by(Release.number)
     ).all()
     return [
         {
             "id": engine.id,
-            "state": engine.state,
-            "reason": engine.reason,
-            "adapter_slots": engine.adapter_slots,
+            "state": engine.status,
+            "reason": engine.reason or None,
+            "adapter_slots": engine.slots,
             "releases": [
                 release.name
                 for release in found
-                if (engine.ready if release.adapter_id is None else False)
-                or release.engine_name in engine.loaded
+                if (engine.is_ready and release.adapter_id is None)
+                or release.engine_name in engine.proven()
             ],
         }
         for engine in engines

@@ -153,7 +153,7 @@ LAST: tuple[Operation, ...] = (
 def test_every_operation_succeeds_and_its_reply_conforms(
     sqlite_gateway: RunningGateway, figures: Figures
 ) -> None:
-    sqlite_gateway.gateway.fleet.capacity = 64  # adapter slots: for one more deployment
+    sqlite_gateway.set_capacity(64)  # adapter slots: for one more deployment
     ids = add_everything(sqlite_gateway, "poet", "bea")
     add_candidate(sqlite_gateway.database, "poet", system_prompt="Once.")
     ids["without_adapter"] = add_candidate(sqlite_gateway.database, "poet")

@@ -21,7 +21,7 @@ from server.chat.recorder import Recorder
 from server.chat.relay import Exchange, Relay, Reply
 from server.chat.stream import DONE
 from server.engines.base import EngineReply
-from server.engines.fleet import Fleet
+from server.engines.chooser import Chooser
 from server.metrics import Figures
 from tests.rows import started_answer
 
@@ -36,16 +36,14 @@ def event(text: str, finish: str | None = None) -> bytes:
 
 
 class OneEngine:
-    """A fleet of one engine that says `events`, and then `ends` or only comments for ever."""
-
-    integrity_errors = 0
+    """A chooser of one engine that says `events`, and then `ends` or only comments for ever."""
 
     def __init__(self, *events: bytes, ends: bool) -> None:
         self._events = events
         self._ends = ends
         self.is_silent = asyncio.Event()
 
-    def suspect(self, _member: Any, _reason: str) -> None:
+    def suspect(self, _target: Any, _reason: str) -> None:
         pass
 
     def find_another(self, _engine_name: str, _than: Any) -> None:
@@ -55,7 +53,7 @@ class OneEngine:
         return SimpleNamespace(id="engine-0", engine=self)
 
     @contextmanager
-    def run(self, _member: Any, _engine_name: str) -> Iterator[None]:
+    def run(self, _target: Any, _engine_name: str) -> Iterator[None]:
         yield
 
     @asynccontextmanager
@@ -125,7 +123,7 @@ async def begin(
             started=started,
             said=MessagesHash(person, started.messages),
         ),
-        fleet=cast(Fleet, engine),
+        chooser=cast(Chooser, engine),
         recorder=recorder,
         commit_timeout=commit_timeout,
         engine_timeout=engine_timeout,

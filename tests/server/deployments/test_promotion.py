@@ -155,10 +155,10 @@ def test_what_noise_hides_takes_a_note_and_no_machine_and_holds_for_such_engines
     gateway_engine.restart()
     sqlite_gateway.reconcile()
     assert ask(sqlite_gateway, key) == (candidate.name, candidate.signature)
-    sqlite_gateway.gateway.fleet.traits["dtype"] = "bfloat16"
+    sqlite_gateway.gateway.conductor.loader.traits["dtype"] = "bfloat16"
     gateway_engine.restart()
     sqlite_gateway.reconcile()
-    assert not sqlite_gateway.gateway.fleet.is_ready()
+    assert not sqlite_gateway.gateway.chooser.picture.is_ready
 
 
 def test_a_stored_adapter_that_was_altered_or_lost_is_refused(
@@ -239,19 +239,19 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told(
 def test_a_move_in_another_gateway_loses_no_generation(sqlite_gateway: RunningGateway) -> None:
     """The row is compared when it is set: a move that was prepared meanwhile is refused."""
     first, second = sqlite_gateway.candidate(1), sqlite_gateway.candidate(2)
-    fleet = sqlite_gateway.gateway.fleet
-    prepare = fleet.prepare
+    conductor = sqlite_gateway.gateway.conductor
+    prepare = conductor.prepare
 
     async def prepare_while_another_moves(*args: Any, **more: Any) -> Any:
         with sqlite_gateway.database.write() as session:
             moves.move_production(session, "assistant", 2, expected_generation=0)
         return await prepare(*args, **more)
 
-    fleet.prepare = prepare_while_another_moves  # type: ignore[method-assign]
+    conductor.prepare = prepare_while_another_moves  # type: ignore[method-assign]
     with pytest.raises(Conflict) as refused:
         sqlite_gateway.promote(first.name)
     assert refused.value.code == "generation_conflict"
-    fleet.prepare = prepare  # type: ignore[method-assign]
+    conductor.prepare = prepare  # type: ignore[method-assign]
     sqlite_gateway.refresh()
     sqlite_gateway.reconcile()
     assert ask(sqlite_gateway, sqlite_gateway.key("anna")) == (second.name, second.signature)

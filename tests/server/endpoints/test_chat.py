@@ -221,7 +221,6 @@ def test_what_the_caller_has_to_mend_is_said_before_what_has_to_be_waited_for(
     discarded, pinned = sqlite_gateway.candidate(1), sqlite_gateway.candidate(2)
     with sqlite_gateway.database.write() as session:
         releases.discard(session, discarded.name)
-    fleet = sqlite_gateway.gateway.fleet
     key = sqlite_gateway.key("app", end_users=True)
     client = sqlite_gateway.client(key)
     wrong: list[tuple[dict[str, Any], int]] = [
@@ -234,7 +233,7 @@ def test_what_the_caller_has_to_mend_is_said_before_what_has_to_be_waited_for(
         ({**chat(), "model": "assistant@99"}, 404),
         ({**chat(), "model": discarded.name}, 404),
     ]
-    fleet.capacity = 1  # no slot for a pin
+    sqlite_gateway.set_capacity(1)  # no slot for a pin
     for body, status in wrong:
         with subtests.test("no slot", body=body):
             assert client.post(CHAT, json=body).status_code == status
@@ -265,18 +264,19 @@ def test_a_pinned_release_stays_from_its_load_to_the_end_of_the_request(
         asking = threading.Thread(target=lambda: replies.append(client.post(CHAT, json=body)))
         asking.start()
         eventually(lambda: gateway.recorder.depth > 0)
-        sqlite_gateway.run(gateway.fleet.trim())
+        sqlite_gateway.run(gateway.conductor.trim())
         for other in others:
             view = load_release(session, other.name)
             assert view is not None
-            hold = gateway.fleet.holding()
-            sqlite_gateway.run(gateway.fleet.pin(view, hold))
+            hold = gateway.chooser.holding()
+            sqlite_gateway.run(gateway.pins.pin(view, hold))
             hold.end()
     asking.join()
     assert replies[0].status_code == 200, replies[0].text
     assert pinned.signature in replies[0].text
-    sqlite_gateway.run(gateway.fleet.trim())
-    assert gateway.fleet.served_names() == set()  # the hold ended with the request
+    sqlite_gateway.run(gateway.conductor.trim())
+    (engine,) = gateway.chooser.picture.engines.values()
+    assert engine.adapters == {}  # the hold ended with the request
 
 
 def test_no_key_an_unknown_one_and_one_without_the_scope(sqlite_gateway: RunningGateway) -> None:
@@ -323,7 +323,7 @@ def test_a_fault_before_the_first_token_has_a_status_and_a_failed_row(
                 assert ("retry-after" in reply.headers) == (status == 503)
                 recorded = newest_row(sqlite_gateway)
                 assert (recorded.status, recorded.error_code) == (AnswerStatus.FAILED, code)
-    assert sqlite_gateway.gateway.fleet.integrity_errors == 2
+    assert sqlite_gateway.gateway.figures.integrity_errors.samples() == [({}, 2)]
 
 
 def test_a_fault_in_mid_stream_ends_it_with_an_error_and_keeps_what_was_said(
@@ -427,7 +427,7 @@ def test_a_200_that_holds_no_completion_is_the_engine_s_fault_and_named_so(
             assert (recorded.status, recorded.error_code) == (AnswerStatus.FAILED, "engine_error")
             gateway_engine.faults = Faults()
             assert client.post(CHAT, json=chat(stream=stream)).status_code == 200
-    assert sqlite_gateway.gateway.fleet.integrity_errors == 0
+    assert sqlite_gateway.gateway.figures.integrity_errors.samples() == []
 
 
 def test_an_event_of_another_form_in_mid_stream_ends_it_as_the_engine_s_fault(
@@ -573,7 +573,7 @@ def test_a_client_that_goes_away_stops_the_generation_within_a_second(
     if stream:
         assert choices is not None
         assert choices[0]["message"]["content"].startswith(BASE)
-    assert all(not m.running for m in sqlite_gateway.gateway.fleet.members.values())
+    assert all(not t.running for t in sqlite_gateway.gateway.chooser.targets.values())
 
 
 # The record

@@ -51,7 +51,7 @@ def test_a_deployment_shows_its_roles_and_what_engines_hold(
 
 
 def test_a_new_deployment_answers_to_its_names_at_once(running_gateway: RunningGateway) -> None:
-    running_gateway.gateway.fleet.capacity = 7
+    running_gateway.set_capacity(7)
     admin = running_gateway.client()
     made = admin.post(
         "/admin/deployments",
@@ -85,7 +85,7 @@ def test_a_deployment_beyond_the_slots_is_refused(sqlite_gateway: RunningGateway
 
 
 def test_what_no_deployment_can_be_is_refused_by_name(sqlite_gateway: RunningGateway) -> None:
-    sqlite_gateway.gateway.fleet.capacity = 7
+    sqlite_gateway.set_capacity(7)
     refused: list[tuple[dict[str, object], int, str]] = [
         ({"name": "assistant"}, 409, "name"),
         ({"name": "No Name"}, 400, "name"),
@@ -220,7 +220,7 @@ def test_moves_that_the_rules_forbid_change_nothing(sqlite_gateway: RunningGatew
 
 
 def test_a_new_deployment_needs_a_key_that_reaches_it(sqlite_gateway: RunningGateway) -> None:
-    sqlite_gateway.gateway.fleet.capacity = 7
+    sqlite_gateway.set_capacity(7)
     limited = sqlite_gateway.client(sqlite_gateway.key("bo", "admin", deployments=["assistant"]))
     assert limited.post("/admin/deployments", json={"name": "poet"}).status_code == 403
     add_deployment(sqlite_gateway.database, "poet")
@@ -239,7 +239,7 @@ def test_a_system_prompt_that_the_base_s_template_refuses_is_refused(
 ) -> None:
     gateway, admin = running_gateway.gateway, running_gateway.client()
     gateway.base = replace(gateway.base, chat_template=ChatTemplate(NO_SYSTEM))
-    gateway.fleet.capacity = 7
+    running_gateway.set_capacity(7)
     replies = [
         admin.post("/admin/deployments", json={"name": "poet", "system_prompt": "Rhyme."}),
         admin.patch("/admin/deployments/assistant", json={"system_prompt": "Rhyme."}),
@@ -255,7 +255,7 @@ def test_a_system_prompt_that_the_base_s_template_refuses_is_refused(
 def test_what_is_longer_than_the_audit_log_keeps_is_written_down_in_short(
     sqlite_gateway: RunningGateway,
 ) -> None:
-    sqlite_gateway.gateway.fleet.capacity = 7
+    sqlite_gateway.set_capacity(7)
     admin = sqlite_gateway.client()
     names = [f"a{number:03d}{'x' * 124}" for number in range(64)]
     curation = {"curation": {"excluded_people": [f"person_{number}" for number in range(2_000)]}}

@@ -33,7 +33,7 @@ def _read(text: str) -> dict[str, float]:
 def test_figures_are_those_of_the_gateway(sqlite_gateway: RunningGateway) -> None:
     gateway = sqlite_gateway.gateway
     gateway.recorder._before = (7, 2)
-    gateway.fleet.integrity_errors = 3
+    gateway.figures.integrity_errors.add(amount=3)
     reply = sqlite_gateway.client().get("/metrics")
     figures = _read(reply.text)
 

@@ -279,18 +279,18 @@ def test_markup_from_the_model_is_text_and_fenced_code_is_code(chat: ChatPage) -
 def test_an_engine_that_is_not_ready_is_explained_and_asked_again(
     chat: ChatPage, gateway_engine: FakeEngine
 ) -> None:
-    fleet = chat.gateway.gateway.fleet
+    gateway = chat.gateway.gateway
     chat.sign_in()
     gateway_engine.dead = True
-    chat.gateway.run(fleet.reconcile())
+    chat.gateway.reconcile()
     chat.send("hello")
     problem = chat.answer().locator(".problem")
-    expect(problem.get_by_role("alert")).to_have_text(fleet.explain_not_ready())
+    expect(problem.get_by_role("alert")).to_have_text(gateway.chooser.picture.explain_not_ready())
     expect(problem).to_contain_text("Trying again in")
     expect(chat.page.get_by_role("button", name="Stop")).to_be_visible()
     gateway_engine.restart()
-    chat.gateway.run(fleet.reconcile())
-    assert fleet.is_ready()
+    chat.gateway.reconcile()
+    assert gateway.chooser.picture.is_ready
     problem.get_by_role("button", name="Try again").click()
     expect(chat.answer().locator(".meta")).to_have_text("assistant@0")
     expect(chat.page.get_by_role("article", name="Answer")).to_have_count(1)

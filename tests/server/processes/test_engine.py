@@ -25,8 +25,8 @@ from server.processes.engine import (
     answers_ok,
     engine_command,
     free_port,
-    read_engine_record,
 )
+from server.processes.engine_record import read_engine_record
 from server.settings import EngineSettings, ModelSettings, Settings
 from tuner.base_models import BaseModel
 from tuner.chat_template import ChatTemplate
