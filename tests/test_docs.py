@@ -28,7 +28,7 @@ from server.cli import app
 from server.settings import Settings
 from tests.gateway_fixtures import RunningGateway
 from tuner.methods import HYPERPARAMETERS, IMPLEMENTED, Method, default_of
-from tuner.training.data import WHAT_TO_DO
+from tuner.training.rendering import WHAT_TO_DO
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

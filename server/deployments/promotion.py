@@ -23,7 +23,8 @@ from server.engines.loading import Unfit
 from server.engines.proof import Outcome, Proof
 from server.gateway import Gateway
 from tuner import deployments, moves, releases
-from tuner.adapters import AdapterRefused, check_adapter
+from tuner.adapter_checks import check_adapter
+from tuner.adapters import AdapterRefused
 from tuner.tables import Deployment, ReleaseState
 
 logger = logging.getLogger(__name__)

@@ -127,9 +127,9 @@ async def tokenize_item(
 ) -> tuple[int, list[int]] | str:
     """(prompt length, ids of both up to the completion's end-of-turn token), or why there is none.
 
-    The same tokens as the trainer learns from (`tuner/training/data.py`). The prompt is rendered by
-    the engine, as when it answers, and the text by the base's template: where the two differ
-    nothing is scored.
+    The same tokens as the trainer learns from (`tuner/training/rendering.py`). The prompt is
+    rendered by the engine, as when it answers, and the text by the base's template: where the two
+    differ nothing is scored.
     """
     prompt = base.control_tokens.defuse(as_sent(item.prompt))
     answer = base.control_tokens.defuse(as_sent(item.completion))[0]

@@ -48,7 +48,7 @@ from feedback.tables import (
 from server.views.datasets import view_dataset
 from tests.feedback.record import ALL_TRAIN, ask, end, make_viewer, turns
 from tuner.evaluation.holdout import Holdout, HoldoutFiles
-from tuner.training.data import read_rows as read_for_training
+from tuner.training.rows import read_rows as read_for_training
 
 SPLIT = Policy(holdout_share=0.4)
 

@@ -22,7 +22,7 @@ from feedback.errors import BadRequest, Conflict
 from feedback.formats.records import Limits
 from feedback.formats.rows import UploadError, read_upload
 from feedback.tables import Dataset, DatasetStatus, File
-from tuner.training.data import read_rows
+from tuner.training.rows import read_rows
 
 DATA = Path(
     os.environ.get("BURNISH_TEST_DATA")

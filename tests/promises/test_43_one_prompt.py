@@ -28,7 +28,8 @@ from tests.tiny_model import MARKUP_TOKENS, MORE_SPECIAL_TOKENS, SPECIAL_TOKENS
 from tuner.base_models import BaseModel, read_special_tokens
 from tuner.chat_template import ChatTemplate, TemplateRefused
 from tuner.control_tokens import ControlTokens
-from tuner.training.data import Renderer, Row, read_rows
+from tuner.training.rendering import Renderer
+from tuner.training.rows import Row, read_rows
 
 pytestmark = [pytest.mark.promises, pytest.mark.engine, pytest.mark.anyio]
 

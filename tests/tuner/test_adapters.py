@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.engine_fixtures import TINY_SHAPE
 from tests.tiny_adapters import TARGET_MODULES, build_tiny_adapter
+from tuner.adapter_checks import check_adapter
 from tuner.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -22,7 +23,6 @@ from tuner.adapters import (
     AdapterStore,
     adapter_id,
     build_adapter_config,
-    check_adapter,
     content_hash,
 )
 

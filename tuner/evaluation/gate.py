@@ -37,57 +37,9 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from tuner.evaluation.figures import Figures, Labelled, Paired, Written
 from tuner.evaluation.significance import holm, separation_p_value, sign_flip_p_value
 from tuner.tables import Decision
-
-
-@dataclass(frozen=True, slots=True)
-class Paired:
-    """One holdout row's figure under both releases.
-
-    `unit` is the same for rows about the same prompt.
-    """
-
-    unit: str
-    candidate: float
-    baseline: float
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """One labelled row; `shift` is its log-probability's move from the baseline, nats per token."""
-
-    unit: str
-    label: bool
-    shift: float
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What one release wrote to one holdout prompt, measured.
-
-    `words` of the answer, `good_words` of the holdout's good answer to the same prompt (None
-    without one), `repeated_ratio` the share of its word trigrams that occurred before (0 to 1).
-    """
-
-    words: int
-    cut_off: bool
-    repeated_ratio: float
-    good_words: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """All that the gate looks at. Every part may be empty."""
-
-    nll: Sequence[Paired] = ()  #: supervised rows: mean NLL of the completion, nats per token
-    chosen_nll: Sequence[Paired] = ()  #: preference rows: the same of the chosen answer
-    margins: Sequence[Paired] = ()  #: preference rows: log-probability margin over the base's, nats
-    labelled: Sequence[Labelled] = ()
-    candidate_answers: Sequence[Written] = ()
-    baseline_answers: Sequence[Written] = ()
-    candidate_deleted: Sequence[str] = ()  #: files that it learned from and nobody can look into
-    baseline_deleted: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,19 +12,18 @@ behind the release's prompt where the deployment prepends it.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from feedback.answers import text_of
 from feedback.canonical import json_in_order
 from feedback.curation.examples import ExampleKind
 from feedback.curation.extract import build_prompt_hash
 from feedback.formats.messages import join_parts
-from tuner.evaluation.gate import Figures, GateResult, Labelled, Paired, Written, decide
+from tuner.evaluation.figures import Figures, Labelled, Paired, Written
+from tuner.evaluation.gate import GateResult, decide
 from tuner.evaluation.gateway_client import (
     ITEMS_PER_REQUEST,
     Asked,
@@ -36,17 +35,14 @@ from tuner.evaluation.gateway_client import (
     Unscored,
 )
 from tuner.evaluation.holdout import Holdout
+from tuner.evaluation.threads import in_threads
 from tuner.tables import Release
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 ROWS_PER_PORTION = 32
 """Enough to fill the engine's batches."""
-
-
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
+_SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ def run_evaluation(
     extent = extent or Extent()
     if subject.rows and subject.candidate.adapter_id is not None:
         # In a thread as well: a worker told to stop need not wait until the candidate is loaded.
-        (slot,) = _in_threads(
+        (slot,) = in_threads(
             client.take_evaluation_slot,
             [subject.candidate.name],
             1,
@@ -258,7 +254,7 @@ def _score_all(
 
     # One request at a time: its items already fill the engine's batch. In a thread, so that a
     # worker told to stop need not wait for it.
-    found = _in_threads(score, batches, 1, report_batches)
+    found = in_threads(score, batches, 1, report_batches)
     report_batches(len(batches))
     return _Scores(
         subject,
@@ -321,7 +317,7 @@ def _write_answers(
                 raise
             return None
 
-    answers = _in_threads(
+    answers = in_threads(
         answer,
         asked,
         extent.threads,
@@ -346,55 +342,6 @@ def _measure_text(answer: GeneratedAnswer, good_words: int | None) -> Written:
         repeated_ratio=1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0,
         good_words=good_words,
     )
-
-
-def _in_threads(
-    function: Callable[[T], R], items: Sequence[T], threads: int, report: Callable[[int], None]
-) -> list[R]:
-    """`function` of every item, in order. `report` is called a few times a second and may raise.
-
-    The threads are daemons, so that a worker told to stop need not wait for answers that nobody
-    will read.
-    """
-    todo: SimpleQueue[tuple[int, T]] = SimpleQueue()
-    done: SimpleQueue[tuple[int, R | Exception]] = SimpleQueue()
-    for entry in enumerate(items):
-        todo.put(entry)
-
-    def work() -> None:
-        while True:
-            try:
-                index, item = todo.get_nowait()
-            except Empty:
-                return
-            try:
-                done.put((index, function(item)))
-            except Exception as error:
-                done.put((index, error))
-
-    for _ in range(min(threads, len(items))):
-        threading.Thread(target=work, name="evaluation", daemon=True).start()
-    results: dict[int, R] = {}
-    try:
-        while len(results) < len(items):
-            report(len(results))
-            try:
-                index, result = done.get(timeout=0.25)
-            except Empty:
-                continue
-            if isinstance(result, Exception):
-                raise result
-            results[index] = result
-    finally:
-        while not todo.empty():  # whatever ends this early also ends what hasn't begun
-            try:
-                todo.get_nowait()
-            except Empty:
-                break
-    return [results[index] for index in range(len(items))]
-
-
-_SYSTEM = ("system", "developer")
 
 
 def _without_own_prompt(prompt: Sequence[Message], subject: Subject) -> list[Message]:

@@ -44,9 +44,10 @@ def run_config(config: TrainingConfig, emit: Emit) -> int:
     # Importing torch takes seconds; a bad configuration is refused before.
     from transformers.utils.logging import disable_progress_bar
 
-    from tuner.training.data import DataError
+    from tuner.training.data import NothingToLearn
     from tuner.training.guards import GuardStopped
-    from tuner.training.loop import NothingToLearn, train
+    from tuner.training.loop import train
+    from tuner.training.rows import DataError
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

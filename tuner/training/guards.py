@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tuner.training.data import RenderedExample
 from tuner.training.layout import Layout, Sequence_
 from tuner.training.model import TunedModel
+from tuner.training.rendering import RenderedExample
 
 _SAMPLE_EXAMPLES = 4
 _SAMPLE_TOKENS = 16

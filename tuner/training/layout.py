@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.training.data import RenderedExample
+from tuner.training.rendering import RenderedExample
 
 Sequence_ = tuple[tuple[int, ...], tuple[int, ...]]
 

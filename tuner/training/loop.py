@@ -35,20 +35,9 @@ from tuner.base_models import (
     read_template,
     template_hash,
 )
-from tuner.methods import METHODS, Method
 from tuner.training.checkpoint import Checkpoint, Checkpoints
 from tuner.training.config import ConfigError, TrainingConfig
-from tuner.training.data import (
-    WHAT_TO_DO,
-    DataError,
-    RenderedExample,
-    Renderer,
-    Row,
-    leave_out_near,
-    name_of,
-    read_rows,
-    split_validation,
-)
+from tuner.training.data import Examples, hold_examples, share_examples
 from tuner.training.guards import KlSample, check_chosen_drop, check_finite, check_kl
 from tuner.training.layout import pack, sequences_of
 from tuner.training.losses import Metrics
@@ -56,6 +45,8 @@ from tuner.training.model import TunedModel, get_end_token_ids, load_tokenizer
 from tuner.training.objective import Objective, add_metrics
 from tuner.training.probe import build_probe
 from tuner.training.references import LogProbs, References
+from tuner.training.rendering import RenderedExample, Renderer
+from tuner.training.rows import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +58,6 @@ CHECKPOINTS_FOLDER: Final = "checkpoints"
 _KL_EVERY_STEPS = 10
 _SECONDS_BETWEEN_EVENTS = 0.5
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
-
-
-class NothingToLearn(DataError):
-    """No example of the kind that the method learns from is left."""
 
 
 def train(config: TrainingConfig, emit: Emit) -> None:
@@ -95,90 +82,16 @@ def train(config: TrainingConfig, emit: Emit) -> None:
         max_length=config.max_length,
     )
     if held is None:
-        examples = _share_examples(config, renderer, rows)
+        examples = share_examples(config, renderer, rows)
     else:
-        examples = _hold_examples(config, renderer, rows, held)
+        examples = hold_examples(config, renderer, rows, held)
     model = TunedModel(config, tokenizer)
     _Run(config, identity, model, renderer, examples, emit).train()
-
-
-@dataclass(frozen=True, slots=True)
-class _Examples:
-    """What a run learns from, what it is validated by, and how many were dropped, by reason."""
-
-    training: Sequence[RenderedExample]
-    validation: Sequence[RenderedExample]
-    drops: Mapping[str, int]
-    validation_drops: Mapping[str, int] = field(default_factory=dict)
-
-
-def _share_examples(config: TrainingConfig, renderer: Renderer, rows: Sequence[Row]) -> _Examples:
-    """A share of the rows validates."""
-    rendered = renderer.render(rows, METHODS[config.method].reads)
-    _check_teaches(config, renderer, rendered.examples, rendered.drops)
-    training, validation = split_validation(
-        rendered.examples, share=config.validation_share, minimum=config.min_validation
-    )
-    if not _teaches(config.method, training):  # the slice took the last of them
-        training, validation = list(rendered.examples), []
-    return _Examples(training, validation, rendered.drops)
-
-
-def _hold_examples(
-    config: TrainingConfig, renderer: Renderer, rows: Sequence[Row], held: Sequence[Row]
-) -> _Examples:
-    """A file of its own validates: all of it, and nothing that is near it trains."""
-    kinds = METHODS[config.method].reads
-    validation = renderer.render(held, kinds)
-    if not validation.examples:
-        assert config.validation_file is not None
-        raise DataError(
-            f"{name_of(config.validation_file)}: nothing is left to validate with "
-            f"({_describe_drops(validation.drops) or 'the file is empty'})"
-        )
-    kept = leave_out_near(rows, [row for row in held if row.kind in kinds])
-    rendered = renderer.render(kept, kinds)
-    near = len(rows) - len(kept)
-    drops = {**rendered.drops, **({"near_validation": near} if near else {})}
-    _check_teaches(config, renderer, rendered.examples, drops)
-    return _Examples(rendered.examples, validation.examples, drops, validation.drops)
 
 
 def _prepare_torch(config: TrainingConfig) -> None:
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
-
-
-def _check_teaches(
-    config: TrainingConfig,
-    renderer: Renderer,
-    examples: Sequence[RenderedExample],
-    drops: Mapping[str, int],
-) -> None:
-    if _teaches(config.method, examples):
-        return
-    too_long = ""
-    if "too_long" in drops:
-        too_long = (
-            f" The longest row has {renderer.longest_tokens} tokens, and max_length allows "
-            f"{config.max_length}."
-        )
-    raise NothingToLearn(
-        f"Nothing is left to train on: method {str(config.method)!r} needs "
-        f"{' or '.join(METHODS[config.method].needs)} examples and found none "
-        f"({_describe_drops(drops) or 'the files are empty'}).{too_long}"
-    )
-
-
-def _describe_drops(drops: Mapping[str, int]) -> str:
-    reasons = (
-        f"{count} dropped as {reason} ({WHAT_TO_DO[reason]})" for reason, count in drops.items()
-    )
-    return "; ".join(reasons)
-
-
-def _teaches(method: Method, examples: Sequence[RenderedExample]) -> bool:
-    return any(example.kind in METHODS[method].needs for example in examples)
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
@@ -221,7 +134,7 @@ class _Run:
         identity: Mapping[str, Any],
         model: TunedModel,
         renderer: Renderer,
-        examples: _Examples,
+        examples: Examples,
         emit: Emit,
     ) -> None:
         self._config = config

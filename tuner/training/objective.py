@@ -15,11 +15,11 @@ from torch import Tensor
 
 from feedback.formats.shapes import Kind
 from tuner.training.config import TrainingConfig
-from tuner.training.data import RenderedExample
 from tuner.training.layout import sequences_of
 from tuner.training.losses import Metrics, dpo_loss, supervised_loss
 from tuner.training.model import TunedModel
 from tuner.training.references import LogProbs
+from tuner.training.rendering import RenderedExample
 
 
 class Objective:

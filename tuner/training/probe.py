@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tuner.training.data import RenderedExample, Renderer
 from tuner.training.model import TunedModel
+from tuner.training.rendering import RenderedExample, Renderer
 
 MAX_TOKENS = 64
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from tuner.training.data import RenderedExample
+from tuner.training.rendering import RenderedExample
 
 LogProbs = tuple[NDArray[np.float32], ...]
 """Log-probability of each completion token in nats; one array a completion."""

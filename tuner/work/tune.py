@@ -20,7 +20,8 @@ from sqlalchemy.orm import Session
 from feedback import audit
 from feedback.tables import File
 from tuner import jobs
-from tuner.adapters import AdapterFacts, check_adapter
+from tuner.adapter_checks import check_adapter
+from tuner.adapters import AdapterFacts
 from tuner.base_models import BaseModel, describe_base
 from tuner.job_events import NewEvent
 from tuner.jobs import JobFailed

@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.evaluation.gate import (
-    Check,
-    Figures,
-    Labelled,
-    Paired,
-    Thresholds,
-    Written,
-    decide,
-    pair_score,
-)
+from tuner.evaluation.figures import Figures, Labelled, Paired, Written
+from tuner.evaluation.gate import Check, Thresholds, decide, pair_score
 from tuner.tables import Decision
 
 PASS, FAIL, INCONCLUSIVE = Decision.PASS, Decision.FAIL, Decision.INCONCLUSIVE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.training.config import TrainingConfig
-from tuner.training.data import RenderedExample
+from tuner.training.rendering import RenderedExample
 
 _WORDS = ("red", "green", "blue", "old", "new", "warm", "cat", "dog", "tree", "house", "river")
 

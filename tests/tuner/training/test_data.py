@@ -16,14 +16,9 @@ from tests.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS
 from tests.tuner.training.runs import example
 from tuner.chat_template import ChatTemplate
 from tuner.control_tokens import ControlTokens
-from tuner.training.data import (
-    DataError,
-    Renderer,
-    Row,
-    group_of,
-    read_rows,
-    split_validation,
-)
+from tuner.training.data import split_validation
+from tuner.training.rendering import Renderer
+from tuner.training.rows import DataError, Row, group_of, read_rows
 
 END = 2
 USER = {"role": "user", "content": "Hi"}

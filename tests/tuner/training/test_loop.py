@@ -19,15 +19,17 @@ from tests.tuner.training.runs import (
     train_here,
     write_rows,
 )
-from tuner.adapters import check_adapter, content_hash
+from tuner.adapter_checks import check_adapter
+from tuner.adapters import content_hash
 from tuner.base_models import describe_base
 from tuner.training import loop
 from tuner.training.config import TrainingConfig
-from tuner.training.data import DataError, group_of
+from tuner.training.data import NothingToLearn
 from tuner.training.guards import GuardStopped
-from tuner.training.loop import NothingToLearn, epoch_order, learning_rate
+from tuner.training.loop import epoch_order, learning_rate
 from tuner.training.model import TunedModel
 from tuner.training.probe import MAX_TOKENS
+from tuner.training.rows import DataError, group_of
 
 Events = list[dict[str, Any]]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.tuner.training.runs import build_config, example, supervised_rows
-from tuner.training.data import RenderedExample
 from tuner.training.layout import pack, sequences_of
 from tuner.training.losses import dpo_loss, supervised_loss
 from tuner.training.model import TunedModel
 from tuner.training.objective import Objective, add_metrics
+from tuner.training.rendering import RenderedExample
 
 # TRL warns about its own settings and of what its libraries do.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.tuner.training.runs import build_config, supervised_rows
-from tuner.adapters import AdapterRefused, check_adapter, content_hash
+from tuner.adapter_checks import check_adapter
+from tuner.adapters import AdapterRefused, content_hash
 from tuner.base_models import describe_base
 from tuner.training.config import ConfigError
 from tuner.training.model import TunedModel

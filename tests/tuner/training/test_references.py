@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.tuner.training.runs import example
-from tuner.training.data import RenderedExample
 from tuner.training.references import LogProbs, References
+from tuner.training.rendering import RenderedExample
 
 PAIR = example((5, 6), (7, 2), (8, 9, 2))
 
