@@ -1,10 +1,9 @@
-"""One answer's way from the engine to the client, with its record.
+"""One answer's way from the engine to the client.
 
 Owns: the request to the engine, the hold of the end until it is committed, what the client is sent.
-A plain answer is one row, written at its end; the start of a streamed one is committed while the
-engine is asked, before its first byte leaves. Covered: the client that goes away, the engine that
-dies before and after the first token, a commit that fails. Does not own: what the engine's bytes
-say (`reply.py`), which release answers (`routing.py`), how rows are written (`recorder.py`).
+Covered: the client that goes away, the engine that dies before and after the first token, a commit
+that fails. Does not own: what the engine's bytes say (`reply.py`, `stream.py`), which release
+answers (`routing.py`), the answer's row (`record.py`).
 
 Nothing is sent to the client before the first token is there: until then another engine may take
 over, and a failure has a status of its own.
@@ -25,10 +24,10 @@ from starlette.types import Receive, Send
 
 from feedback.answers import MessagesHash
 from feedback.errors import AppError, NotReady
-from feedback.recording import NOT_RECORDED, EndedAnswer, StartedAnswer
-from feedback.tables import AnswerStatus
+from feedback.recording import StartedAnswer
 from server.access.limits import Account
-from server.chat.recorder import NotRecorded, NotSent, Recorder, RefersToNothing
+from server.chat.record import Record
+from server.chat.recorder import Recorder
 from server.chat.reply import Heard, choices_of, count_in, parse, usage_of
 from server.chat.stream import DONE, LARGEST_EVENT, Events, Forms, names_of
 from server.chat.tracing import CLIENT_LEFT, Trace
@@ -165,10 +164,7 @@ class Relay:
         trace: Trace | None = None,
     ) -> None:
         self._exchange = exchange
-        self._on_missing_person = on_missing_person
         self._chooser = chooser
-        self._recorder = recorder
-        self._commit_timeout = commit_timeout
         self._engine_timeout = engine_timeout
         self._charge = charge
         self._trace = trace
@@ -176,12 +172,17 @@ class Relay:
         self._times = Times(began)
         self._names = names_of(exchange.engine_name, exchange.public_name)
         self._forget()
-        self._starting: asyncio.Task[NotRecorded | None] | None = None  #: a stream's start
-        self._start: StartedAnswer | None = exchange.started  #: None: it is recorded
-        self._recorded = False
+        self._record = Record(
+            exchange.started,
+            exchange.said,
+            stream=exchange.stream,
+            recorder=recorder,
+            commit_timeout=commit_timeout,
+            figures=figures,
+            on_missing_person=on_missing_person,
+            trace=trace,
+        )
         self._client_left = False
-        self._unsent: EndedAnswer | None = None  #: an end that is recorded and not yet sent
-        self._engine_id: str | None = exchange.started.engine
 
     async def answer(self, receive: Receive, reply: Reply) -> None:
         """Ask an engine and pass on what it says, for as long as the client is there.
@@ -192,14 +193,14 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         timer = loop.call_later(WATCH_AFTER_SECONDS, watch.begin, task)
-        if self._exchange.stream:
-            self._starting = loop.create_task(self._record_start())
+        self._record.begin()
         try:
             await self._answer(reply)
         except asyncio.CancelledError:
             if not self._client_left:
                 # Recorded first: a client that doesn't read holds up what is said to it.
-                self._interrupt(SHUTTING_DOWN)
+                self._record.interrupt(self._heard, SHUTTING_DOWN)
+                self._record.take_back()
                 await self._say_that_it_stops(reply)
                 raise
             task.uncancel()
@@ -208,9 +209,8 @@ class Relay:
         finally:
             timer.cancel()
             watch.end()
-            if self._starting is not None:
-                self._starting.cancel()  # the end says how it began, where that isn't there yet
-            self._interrupt(CLIENT_LEFT)
+            self._record.close()
+            self._record.interrupt(self._heard, CLIENT_LEFT)
             if self._trace is not None:
                 self._trace.answered(
                     usage=self._heard.usage or {},
@@ -228,17 +228,6 @@ class Relay:
 
     def _leave(self) -> None:
         self._client_left = True
-
-    def _interrupt(self, why: str) -> None:
-        """Record the answer as interrupted unless its end is recorded."""
-        if not self._recorded:
-            self._recorded = True
-            self._recorder.record_soon(self._ended(AnswerStatus.INTERRUPTED, why))
-            self._count_end(AnswerStatus.INTERRUPTED)
-            if self._trace is not None:
-                self._trace.failed(why)
-        elif self._unsent is not None and why == SHUTTING_DOWN:
-            self._recorder.take_back(self._unsent)  # the client is told to try again
 
     async def _say_that_it_stops(self, client: Reply) -> None:
         """The gateway ends, and has waited for this answer for as long as it may."""
@@ -260,39 +249,6 @@ class Relay:
         pieces = sum(map(len, self._heard.texts.values()))
         return pieces + (len(self._exchange.body) // 4 if pieces else 0)
 
-    async def _record_start(self) -> NotRecorded | None:
-        """Returns after COMMIT: None, or why there was none."""
-        committing = time.perf_counter()
-        try:
-            await self._recorder.record(self._exchange.started, self._commit_timeout)
-        except NotRecorded as error:
-            return error
-        finally:
-            if self._trace is not None:
-                self._trace.committed(time.perf_counter() - committing)
-        self._start = None
-        return None
-
-    async def _wait_for_start(self) -> None:
-        """Of a stream nothing leaves before its start is recorded. Raises NotReady."""
-        starting, self._starting = self._starting, None
-        error = None if starting is None else await starting
-        if error is None:
-            return
-        self._recorded = True
-        if not isinstance(error, NotSent):  # the row may still get there, and nobody answers it
-            started = self._exchange.started
-            failed = EndedAnswer(started.id, AnswerStatus.FAILED, [], error_code=NOT_RECORDED)
-            self._recorder.record_soon(failed)
-        raise self._refuse(error, "the request could not be recorded; try again")
-
-    def _refuse(self, error: NotRecorded, message: str) -> NotReady:
-        """What a client is told whose answer is not recorded."""
-        self._figures.not_recorded.add()
-        if isinstance(error, RefersToNothing):
-            self._on_missing_person()  # an erasure elsewhere has taken their row
-        return NotReady(message, code=NOT_RECORDED)
-
     async def _answer(self, reply: Reply) -> None:
         try:
             await self._ask(reply)
@@ -302,7 +258,7 @@ class Relay:
             raise  # the client's connection broke while we wrote
         except Exception:
             logger.exception(
-                "Answer failed", extra={"action": "answer_failed", "id": self._exchange.started.id}
+                "Answer failed", extra={"action": "answer_failed", "id": self._record.id}
             )
             await self._fail(
                 reply,
@@ -314,7 +270,7 @@ class Relay:
         name = self._exchange.engine_name
         target = self._chooser.choose(name)
         for last in (False, True):
-            self._engine_id = target.id
+            self._record.engine = target.id
             try:
                 with self._chooser.run(target, name):
                     await self._exchange_with(target, client)
@@ -397,13 +353,13 @@ class Relay:
         said = self._choices_of(body, answer, whole=True)
         self._heard.usage = usage_of(answer)
         choices = self._heard.hear_whole(said)
-        await self._commit(self._ended(AnswerStatus.COMPLETE, choices=choices))
+        await self._record.complete(self._heard, choices)
         body = self._names.put_into(body)
         await client.start(
             200, {"content-type": "application/json", "content-length": str(len(body))}
         )
         await client.send(body)
-        self._unsent = None
+        self._record.sent()
 
     # A stream
 
@@ -440,7 +396,7 @@ class Relay:
                     if passed and self._heard.first_token_at is not None:
                         if not client.begun:
                             self._times.first_token = time.perf_counter()
-                            await self._wait_for_start()
+                            await self._record.wait_for_start()
                             await client.start(200, _STREAM_HEADERS)
                         await client.send(bytes(passed), more=True)
                         passed.clear()
@@ -458,11 +414,11 @@ class Relay:
         if not done or len(self._heard.finish) < self._exchange.n:
             raise EngineUnreachable("the stream ended early")
         self._times.heard = time.perf_counter()
-        await self._commit(self._ended(AnswerStatus.COMPLETE))
+        await self._record.complete(self._heard)
         if not client.begun:
             await client.start(200, _STREAM_HEADERS)
         await client.send(bytes(passed) + b"".join(held))
-        self._unsent = None
+        self._record.sent()
 
     def _hear(self, event: bytes) -> bytes:
         """Take one event into the record; what the client gets of it."""
@@ -513,63 +469,13 @@ class Relay:
                 "the engine answered for another model than it was asked; the answer is withheld"
             )
 
-    async def _commit(self, ended: EndedAnswer) -> None:
-        """Returns after COMMIT. Raises `not_recorded` after a time.
-
-        Cancelled meanwhile it is taken back: whoever left was not sent the end.
-        """
-        self._recorded = True  # from here on the row is the recorder's
-        committing, status = time.perf_counter(), AnswerStatus.INTERRUPTED
-        try:
-            await self._recorder.record(ended, self._commit_timeout)
-            status = ended.status
-            self._unsent = ended if status is AnswerStatus.COMPLETE else None
-        except NotRecorded as error:
-            why = "the answer could not be recorded and is withheld; try again"
-            raise self._refuse(error, why) from None
-        finally:
-            self._count_end(status)
-            if self._trace is not None:
-                self._trace.committed(time.perf_counter() - committing)
-
-    def _count_end(self, status: AnswerStatus) -> None:
-        started = self._exchange.started
-        self._figures.answers.add(started.release, str(started.arm), str(status))
-
-    def _ended(
-        self,
-        status: AnswerStatus,
-        error_code: str | None = None,
-        choices: list[dict[str, Any]] | None = None,
-    ) -> EndedAnswer:
-        started, usage = self._exchange.started, self._heard.usage or {}
-        if choices is None:
-            choices = self._heard.choices()
-        return EndedAnswer(
-            id=started.id,
-            status=status,
-            choices=choices,
-            hashes=[self._exchange.said.after(choice["message"]) for choice in choices],
-            reasoning=self._heard.thoughts(),
-            stored=started.stored,
-            error_code=error_code,
-            engine=self._engine_id,
-            prompt_tokens=count_in(usage, "prompt_tokens"),
-            completion_tokens=count_in(usage, "completion_tokens"),
-            first_token_at=self._heard.first_token_at,
-            start=self._start,
-            start_may_be_there=self._start is not None and self._exchange.stream,
-        )
-
     async def _fail(self, client: Reply, error: AppError) -> None:
         """Record the failure and say it: as an error reply, or as the stream's last event."""
         if self._trace is not None:
             self._trace.failed(error.code)
-        if not self._recorded:
-            partial = any(self._heard.texts.values())
-            status = AnswerStatus.INTERRUPTED if partial else AnswerStatus.FAILED
+        if not self._record.has_ended:
             with contextlib.suppress(NotReady):
-                await self._commit(self._ended(status, error.code))
+                await self._record.fail(self._heard, error.code)
         if client.begun:
             await client.send(event_of(error))
         else:
