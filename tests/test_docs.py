@@ -23,7 +23,8 @@ from pydantic import BaseModel, SecretStr
 from feedback.curation.examples import DropReason
 from feedback.curation.policy import Policy
 from server.access.scopes import PUBLIC, ROUTES, Scope
-from server.chat.request import NOT_FORWARDED, REFUSED, ChatRequest, TextRequest
+from server.chat.engine_request import NOT_FORWARDED
+from server.chat.request import REFUSED, ChatRequest, TextRequest
 from server.cli import app
 from server.settings import Settings
 from tests.gateway_fixtures import RunningGateway

@@ -1,25 +1,22 @@
 """Request bodies of chat and text completions: fields that pass, are ignored, or are refused.
 
-Owns: the three lists, the checks, and what is sent to the engine. Does not own: who may call what
-(`access/keys.py`), which release answers (`routing.py`), the answer's way back (`relay.py`).
+Owns: the three lists and the checks. Does not own: who may call what (`access/`), which release
+answers (`routing.py`), what the engine is sent (`engine_request.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from pydantic_core import to_json
 
 from feedback.answers import OURS, text_of
 from feedback.errors import BadRequest
-from feedback.formats.messages import as_sent
 from feedback.numbers import whole, whole_fields
 from server.errors import describe_field
 from server.http.bodies import WITHOUT_NUL
-from tuner.control_tokens import ControlTokens
 
 Request = TypeVar("Request", bound="Sampling")
 
@@ -101,12 +98,6 @@ class TextRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-NOT_FORWARDED = frozenset(
-    {"model", "metadata", "user", "safety_identifier", "store", "chat_template_kwargs"}
-)
-"""Fields with a meaning of ours: accepted, acted upon, not sent as they are."""
-
-
 REFUSED = {
     "chat_template": "the chat template is the deployment's; a request cannot bring its own",
     "prompt_embeds": "embeddings as a prompt are not accepted",
@@ -185,76 +176,6 @@ def parse_text(body: dict[str, Any], *, max_choices: int, strict: bool) -> Parse
     request = _validate(TextRequest, body)
     prompt = [{"role": "prompt", "content": request.prompt}]
     return _parsed(body, request, prompt, [], max_choices=max_choices, strict=strict)
-
-
-def engine_body(
-    parsed: Parsed,
-    *,
-    engine_name: str,
-    messages: list[dict[str, Any]],
-    sampling: Mapping[str, Any],
-    template_kwargs: frozenset[str],
-) -> dict[str, Any]:
-    """Build the body that is sent to the engine, with `model` rewritten.
-
-    It has the forwarded fields; the release's sampling fills in what the caller did not set. Usage
-    is always asked for, for the record; `relay.py` takes it out where the caller did not.
-    """
-    given = {name for name, value in parsed.given.items() if value is not None}
-    body = {name: value for name, value in sampling.items() if name not in given}
-    if given & {"max_completion_tokens", "max_tokens"}:
-        body.pop("max_tokens", None)
-        body.pop("max_completion_tokens", None)
-    ignored = set(parsed.ignored)
-    for name, value in parsed.given.items():
-        if name not in NOT_FORWARDED and name not in ignored and value is not None:
-            body[name] = value
-    if not body.get("tools"):
-        body.pop("tools", None)  # some templates write that there are tools where the list is empty
-    body["model"] = engine_name
-    if "messages" in parsed.given and "messages" not in ignored:
-        if any(isinstance(m.get("content"), list) or "reasoning_content" in m for m in messages):
-            messages = as_sent(messages)
-        body["messages"] = [
-            {k: v for k, v in message.items() if k != OURS} if OURS in message else message
-            for message in messages
-        ]
-        kwargs = parsed.given.get("chat_template_kwargs") or {}
-        kwargs = {
-            k: v
-            for k, v in kwargs.items()
-            if k in template_kwargs and isinstance(v, bool | int | str)
-        }
-        if kwargs:
-            body["chat_template_kwargs"] = kwargs
-    if parsed.stream:
-        body["stream_options"] = {"include_usage": True}
-    else:
-        body.pop("stream_options", None)
-    return body
-
-
-def with_system_prompt(
-    messages: list[dict[str, Any]], prompt: str | None, *, prepend: bool
-) -> list[dict[str, Any]]:
-    """`messages` as the engine gets them.
-
-    A caller's own system message wins, unless the deployment prepends its own.
-    What is added is marked as ours; chat templates take one system message, so a prepended prompt
-    joins the caller's.
-    """
-    if prompt is None:
-        return messages
-    if messages[0].get("role") not in ("system", "developer"):
-        return [{"role": "system", "content": prompt, OURS: True}, *messages]
-    if not prepend:
-        return messages
-    theirs = messages[0].get("content")
-    if isinstance(theirs, list):  # an engine is sent parts line by line
-        joined: Any = [{"type": "text", "text": prompt + "\n"}, *theirs]
-    else:
-        joined = f"{prompt}\n\n{theirs or ''}"
-    return [{**messages[0], "content": joined, OURS: True}, *messages[1:]]
 
 
 def _parsed(
@@ -382,20 +303,6 @@ def _check_part(where: str, part: Any) -> None:
         raise BadRequest(f"{where} has a part of type {kind[:80]!r}, expected 'text'", param=where)
     if not isinstance(part.get(kind), str):
         raise BadRequest(f"{where} has a {kind} part without a string in {kind!r}", param=where)
-
-
-def encode_body(body: dict[str, Any], control_tokens: ControlTokens) -> bytes:
-    """What an engine is sent, as JSON: no text in a chat becomes a control token.
-
-    A text completion goes as it is: it is what the model reads, template and all.
-    """
-    encoded = to_json(body)
-    if "messages" not in body or not control_tokens.may_be_in(encoded):
-        return encoded
-    defused = {**body, "messages": control_tokens.defuse(body["messages"])}
-    if "tools" in body:
-        defused["tools"] = control_tokens.defuse_tools(body["tools"])
-    return to_json(defused)
 
 
 def is_task(parsed: Parsed, prefixes: Sequence[str]) -> bool:

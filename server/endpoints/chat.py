@@ -31,6 +31,7 @@ from server.access.keyring import Caller, KeyView, check_scope
 from server.access.limits import Admission
 from server.access.scopes import Scope
 from server.chat.directory import load_release
+from server.chat.engine_request import encode_body, engine_body, with_system_prompt
 from server.chat.recorder import NotSent
 from server.chat.relay import Exchange, Relay, Reply, stopping
 from server.chat.request import (
@@ -39,13 +40,10 @@ from server.chat.request import (
     Parsed,
     TextRequest,
     check_tools,
-    encode_body,
-    engine_body,
     is_task,
     offers_tools,
     parse_chat,
     parse_text,
-    with_system_prompt,
 )
 from server.chat.routing import ReleaseView, Route, check_model, route, unknown_model
 from server.chat.tracing import Trace

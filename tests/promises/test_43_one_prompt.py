@@ -16,7 +16,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from feedback.db import json_in_order
-from server.chat.request import encode_body, engine_body, parse_chat
+from server.chat.engine_request import encode_body, engine_body
+from server.chat.request import parse_chat
 from server.endpoints.internal import ScoreItem, tokenize_item
 from server.engines.base import EngineAddress
 from server.engines.vllm import VllmEngine

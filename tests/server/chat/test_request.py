@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 
 from feedback.answers import OURS
 from feedback.errors import BadRequest, TooLarge
-from server.chat.request import (
-    REFUSED,
-    Parsed,
-    check_tools,
-    engine_body,
-    is_task,
-    parse_chat,
-    parse_text,
-    with_system_prompt,
-)
+from server.chat.engine_request import engine_body, with_system_prompt
+from server.chat.request import REFUSED, Parsed, check_tools, is_task, parse_chat, parse_text
 from server.http.bodies import MAX_DEPTH, MAX_PARTS, parse_body
 from server.settings import TASK_PROMPTS, EngineSettings
 
