@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from feedback.db import canonical_json, new_id, now
+from feedback.db import Database, canonical_json, new_id, now
 from feedback.tables import Dataset, DatasetStatus, File
 from tuner.deployments import create_deployment, get_deployment
 from tuner.releases import create_release
@@ -66,6 +66,14 @@ def make_candidate(
         get_deployment(session, deployment),
         **{"system_prompt": None, "sampling": {}, **values},
     )
+
+
+def make_candidates(database: Database, candidates: int = 2) -> None:
+    """A deployment with this many candidates."""
+    with database.write() as session:
+        make_deployment(session)
+        for seed in range(candidates):
+            make_candidate(session, seed=seed)
 
 
 def decide_evaluation(
