@@ -18,7 +18,7 @@ from typing import Any
 from feedback.formats.json_text import MAX_DEPTH, parse_json
 
 Message = dict[str, Any]
-Record = Mapping[str, Any]
+Fields = Mapping[str, Any]  #: of one record
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "cut_off")
@@ -308,7 +308,7 @@ def read_text(given: Any, where: str) -> str:
     return given
 
 
-def add_system(record: Record, turns: Sequence[Message]) -> list[Message]:
+def add_system(record: Fields, turns: Sequence[Message]) -> list[Message]:
     """Put the record's own `system` before its turns, where it has one.
 
     Raises ValueError where both have a system prompt and they differ.
@@ -324,7 +324,7 @@ def add_system(record: Record, turns: Sequence[Message]) -> list[Message]:
     return [{"role": "system", "content": text}, *turns]
 
 
-def read_tools(record: Record) -> list[Any] | None:
+def read_tools(record: Fields) -> list[Any] | None:
     """The functions that were offered, in OpenAI's form, from a list or (some data sets) JSON text.
 
     Raises ValueError for what is none.
@@ -354,7 +354,7 @@ def _read_tool(tool: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def read_weight(record: Record) -> float:
+def read_weight(record: Fields) -> float:
     """How much the row counts; 1 by default."""
     weight: Any = record.get("weight")
     if weight is None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from feedback.canonical import canonical_json
 from feedback.formats.json_text import describe_rows_below
 from feedback.formats.messages import (
+    Fields,
     Message,
     add_system,
     check_answer,
@@ -39,7 +40,6 @@ from feedback.formats.messages import (
 )
 from feedback.formats.sharegpt import read_conversation, read_turn
 
-Record = Mapping[str, Any]
 Row = dict[str, Any]
 
 Kind = Literal["supervised", "preference", "labelled"]
@@ -121,7 +121,7 @@ _USED_BESIDE: Mapping[Shape, frozenset[str]] = {
 }
 
 
-def detect_shape(record: Record, format: Format | None) -> Shape:
+def detect_shape(record: Fields, format: Format | None) -> Shape:
     """The form of a record by its keys, among those of `format` (None: all).
 
     Raises ValueError for no form, and for two that say different things.
@@ -159,7 +159,7 @@ def _are_rows(value: Any) -> bool:
     )
 
 
-def _choose(shapes: Sequence[Shape], record: Record) -> Shape:
+def _choose(shapes: Sequence[Shape], record: Fields) -> Shape:
     """Of several forms that a record fits, the one whose rows say what all others say."""
     filled = [s for s in shapes if all(record[key] not in ("", [], {}) for key in _KEYS[s])]
     if len(filled) == 1:
@@ -189,7 +189,7 @@ def _says(own: Sequence[Row], other: Row) -> bool:
     )
 
 
-def build_rows(shape: Shape, record: Record) -> Iterator[Row]:
+def build_rows(shape: Shape, record: Fields) -> Iterator[Row]:
     """The training rows of a record: one, or of a chat one for each answer that is taught.
 
     Raises ValueError with what was found and what was expected.
@@ -197,18 +197,18 @@ def build_rows(shape: Shape, record: Record) -> Iterator[Row]:
     yield from _BUILDERS[shape](record)
 
 
-def _chat(record: Record) -> Iterator[Row]:
+def _chat(record: Fields) -> Iterator[Row]:
     """OpenAI's chat teaches every assistant turn that isn't weighted 0."""
     messages = add_system(record, read_messages(record["messages"], "messages"))
     yield from _teach_turns(messages, read_tools(record), read_weight(record))
 
 
-def _labelled_chat(record: Record) -> Iterator[Row]:
+def _labelled_chat(record: Fields) -> Iterator[Row]:
     messages = add_system(record, read_messages(record["messages"], "messages"))
     yield _label_last(messages, record)
 
 
-def _openai_preference(record: Record) -> Iterator[Row]:
+def _openai_preference(record: Fields) -> Iterator[Row]:
     given = record["input"]
     if not isinstance(given, dict):
         raise ValueError(f"'input' is {show(given)}; expected an object with 'messages'")
@@ -224,7 +224,7 @@ def _openai_preference(record: Record) -> Iterator[Row]:
     )
 
 
-def _completion(record: Record) -> Iterator[Row]:
+def _completion(record: Fields) -> Iterator[Row]:
     completion = read_one_answer(
         read_turns(record["completion"], "completion", "assistant"), "completion"
     )
@@ -233,13 +233,13 @@ def _completion(record: Record) -> Iterator[Row]:
     yield _row("supervised", taught, read_tools(record), read_weight(record))
 
 
-def _labelled(record: Record) -> Iterator[Row]:
+def _labelled(record: Fields) -> Iterator[Row]:
     prompt = add_system(record, read_turns(record["prompt"], "prompt", "user"))
     completion = read_turns(record["completion"], "completion", "assistant")
     yield _label_last([*prompt, read_one_answer(completion, "completion")], record)
 
 
-def _preference(record: Record) -> Iterator[Row]:
+def _preference(record: Fields) -> Iterator[Row]:
     """A preference pair with its prompt in a field, or repeated at the start of both answers."""
     chosen, before = split_answer(record["chosen"], "chosen")
     rejected, other = split_answer(record["rejected"], "rejected")
@@ -265,23 +265,23 @@ def _preference(record: Record) -> Iterator[Row]:
     )
 
 
-def _alpaca(record: Record) -> Iterator[Row]:
+def _alpaca(record: Fields) -> Iterator[Row]:
     prompt, answer = _alpaca_prompt(record), read_answer(record["output"], "output")
     taught = {"prompt": prompt, "completion": [answer]}
     yield _row("supervised", taught, read_tools(record), read_weight(record))
 
 
-def _alpaca_labelled(record: Record) -> Iterator[Row]:
+def _alpaca_labelled(record: Fields) -> Iterator[Row]:
     yield _label_last([*_alpaca_prompt(record), read_answer(record["output"], "output")], record)
 
 
-def _alpaca_preference(record: Record) -> Iterator[Row]:
+def _alpaca_preference(record: Fields) -> Iterator[Row]:
     sides = [read_answer(record[name], name) for name in ("chosen", "rejected")]
     tools, weight = read_tools(record), read_weight(record)
     yield _pair(_alpaca_prompt(record), sides[0], sides[1], tools, weight)
 
 
-def _alpaca_prompt(record: Record) -> list[Message]:
+def _alpaca_prompt(record: Fields) -> list[Message]:
     """System, earlier turns (`history`: pairs of texts), and the instruction with its input."""
     turns: list[Message] = []
     history = record.get("history") or []
@@ -304,15 +304,15 @@ def _alpaca_prompt(record: Record) -> list[Message]:
     return add_system(record, [*turns, {"role": "user", "content": content}])
 
 
-def _sharegpt(record: Record) -> Iterator[Row]:
+def _sharegpt(record: Fields) -> Iterator[Row]:
     yield from _teach_turns(read_conversation(record), read_tools(record), read_weight(record))
 
 
-def _sharegpt_labelled(record: Record) -> Iterator[Row]:
+def _sharegpt_labelled(record: Fields) -> Iterator[Row]:
     yield _label_last(read_conversation(record), record)
 
 
-def _sharegpt_preference(record: Record) -> Iterator[Row]:
+def _sharegpt_preference(record: Fields) -> Iterator[Row]:
     sides = [_sharegpt_answer(record[name], name) for name in ("chosen", "rejected")]
     tools, weight = read_tools(record), read_weight(record)
     yield _pair(read_conversation(record), sides[0], sides[1], tools, weight)
@@ -345,7 +345,7 @@ def _teach_turns(
         yield _row("supervised", said, tools, weight)
 
 
-def _label_last(messages: Sequence[Message], record: Record) -> Row:
+def _label_last(messages: Sequence[Message], record: Fields) -> Row:
     """The last turn, good or bad."""
     label = _read_label(record["label"])
     if len(messages) < 2:
@@ -396,7 +396,7 @@ def _row(kind: Kind, said: Row, tools: list[Any] | None, weight: float, **more: 
     return {"kind": kind, "id": f"ex_{digest[:32]}", **said, "weight": weight}
 
 
-_BUILDERS: Mapping[Shape, Callable[[Record], Iterator[Row]]] = {
+_BUILDERS: Mapping[Shape, Callable[[Fields], Iterator[Row]]] = {
     Shape.CHAT: _chat,
     Shape.LABELLED_CHAT: _labelled_chat,
     Shape.OPENAI_PREFERENCE: _openai_preference,

@@ -10,8 +10,8 @@ from typing import Any
 
 from feedback.formats.json_text import parse_json
 from feedback.formats.messages import (
+    Fields,
     Message,
-    Record,
     add_system,
     read_list,
     read_message,
@@ -32,7 +32,7 @@ _CALL = "function_call"
 _RESULTS = ("observation", "tool", "function_response")
 
 
-def read_conversation(record: Record) -> list[Message]:
+def read_conversation(record: Fields) -> list[Message]:
     """The turns of `conversations`, behind the record's `system`."""
     given = read_list(record["conversations"], "conversations", "turns")
     calls = _Calls()
