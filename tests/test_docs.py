@@ -20,7 +20,7 @@ import pytest
 import typer
 from pydantic import BaseModel, SecretStr
 
-from feedback.curation.examples import DropReason
+from feedback.curation.examples import DropReason, ExampleKind
 from feedback.curation.policy import Policy
 from server.access.scopes import PUBLIC, ROUTES, Scope
 from server.chat.engine_request import NOT_FORWARDED
@@ -28,7 +28,7 @@ from server.chat.request import REFUSED, ChatRequest, TextRequest
 from server.cli import app
 from server.settings import Settings
 from tests.gateway_fixtures import RunningGateway
-from tuner.methods import HYPERPARAMETERS, IMPLEMENTED, Method, default_of
+from tuner.methods import HYPERPARAMETERS, IMPLEMENTED, METHODS, Method, default_of
 from tuner.training.rendering import WHAT_TO_DO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +158,15 @@ def test_every_hyperparameter_is_documented_with_its_range_and_default() -> None
         said = {Method(other.split()[0].lower()): other.split()[1] for other in others}
         for method in IMPLEMENTED:
             assert float(said.get(method, first)) == default_of(name, method), (name, method)
+
+
+def test_every_kind_of_example_is_documented_with_the_methods_that_read_it() -> None:
+    text = section("api.md", "## Feedback")
+    documented = {row[0]: set(names_in(row[1])) for row in rows(text) if row[0] in set(ExampleKind)}
+    assert documented == {
+        str(kind): {str(method) for method in IMPLEMENTED if kind in METHODS[method].reads}
+        for kind in ExampleKind
+    }
 
 
 def test_every_choice_of_curation_is_documented_with_its_default() -> None:

@@ -23,7 +23,7 @@ from server.cli.app import (
     show_json,
     show_table,
 )
-from tuner.methods import IMPLEMENTED
+from tuner.methods import HYPERPARAMETERS, IMPLEMENTED
 
 deployments = typer.Typer(help="Public model names.", invoke_without_command=True)
 keys = typer.Typer(help="API keys.", invoke_without_command=True)
@@ -234,6 +234,11 @@ def show_dataset(dataset_id: str, as_json: AsJson = False) -> None:
         _show(connection.get(f"/admin/datasets/{dataset_id}"), as_json)
 
 
+def _meaning(name: str) -> str:
+    """What a hyperparameter means, as a sentence of help."""
+    return f"{HYPERPARAMETERS[name].meaning.capitalize()}."
+
+
 @app.command()
 def tune(
     deployment: Deployment = "assistant",
@@ -245,9 +250,9 @@ def tune(
         str | None, typer.Option(help="file-… whose rows end the run early and never train.")
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="What you call the release.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the examples.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    epochs: Annotated[int | None, typer.Option(help=_meaning("n_epochs"))] = None,
+    learning_rate: Annotated[float | None, typer.Option(help=_meaning("learning_rate"))] = None,
+    rank: Annotated[int | None, typer.Option(help=_meaning("r"))] = None,
     seed: Annotated[int, typer.Option(help="Same data, settings and seed: same adapter.")] = 0,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it to its evaluation.")] = False,
     as_json: AsJson = False,
