@@ -1,9 +1,8 @@
 """Jobs: work in the background, and who may write about it.
 
 Owns: the states of a job, its lease (`attempt` fences every write of a worker, `beat` shows that it
-lives), the sweep that finds stalled ones, and that a job which ends badly leaves no half-made thing
-waiting. Does not own what a job does (`work/handlers.py`) or how its events are kept
-(`job_events.py`).
+lives) and the sweep that finds stalled ones. Does not own what a job does (`work/handlers.py`),
+what it was to make (`job_subjects.py`) or how its events are kept (`job_events.py`).
 
 A lease involves no wall clock. An observer calls a job stalled when its beat counter hasn't moved
 for `lease_seconds` of the observer's own monotonic clock, so clocks that jump or differ between
@@ -22,9 +21,9 @@ from sqlalchemy.orm import Session
 
 from feedback.db import new_id, now
 from feedback.errors import Conflict, NotFound
-from feedback.tables import Dataset, DatasetStatus
 from tuner.job_events import NewEvent, append_events
-from tuner.tables import Evaluation, Job, JobKind, JobStatus
+from tuner.job_subjects import leave_subject
+from tuner.tables import Job, JobKind, JobStatus
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
@@ -203,13 +202,13 @@ def fail(session: Session, job: Job, code: str, message: str) -> None:
         error_code=code,
         error_message=message,
     )
-    _leave_subject(session, job, message)
+    leave_subject(session, job, message)
 
 
 def cancel(session: Session, job: Job) -> None:
     """The worker ended the job because somebody asked for it. Raises `LeaseLost`."""
     _end(session, job, NewEvent("Job cancelled."), status=JobStatus.CANCELLED)
-    _leave_subject(session, job, "cancelled")
+    leave_subject(session, job, "cancelled")
 
 
 def pause(session: Session, job: Job) -> None:
@@ -236,7 +235,7 @@ def request_cancel(session: Session, job_id: str) -> Job:
         job.status = JobStatus.CANCELLED
         job.finished_at = now()
         event = NewEvent("Job cancelled.")
-        _leave_subject(session, job, "cancelled")
+        leave_subject(session, job, "cancelled")
     else:
         event = NewEvent("Cancellation requested.")
     job.cancel_requested = True
@@ -353,7 +352,7 @@ class StalledJobs:
         job.worker = None
         if job.status in ENDED:
             job.finished_at = now()
-            _leave_subject(session, job, job.error_message or "cancelled")
+            leave_subject(session, job, job.error_message or "cancelled")
         session.flush()
         append_events(session, job.id, job.attempt, [event])
         return job
@@ -388,19 +387,3 @@ def _fenced_update(session: Session, job: Job, **values: Any) -> None:
     ).scalar_one_or_none()
     if changed is None:
         raise LeaseLost(f"attempt {job.attempt} no longer holds job {job.id}")
-
-
-def _leave_subject(session: Session, job: Job, reason: str) -> None:
-    """Put what an unsuccessful job was to make into a final state, with the reason."""
-    if job.kind == JobKind.FREEZE:
-        session.execute(
-            update(Dataset)
-            .where(Dataset.id == job.spec.get("dataset_id"), Dataset.status != DatasetStatus.READY)
-            .values(status=DatasetStatus.FAILED, error=reason)
-        )
-    elif job.kind == JobKind.EVALUATE:
-        session.execute(
-            update(Evaluation)
-            .where(Evaluation.id == job.spec.get("evaluation_id"), Evaluation.decision.is_(None))
-            .values(error=reason, finished_at=now())
-        )

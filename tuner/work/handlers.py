@@ -1,6 +1,7 @@
 """The kinds of job that a worker does, and by what: one row for each.
 
-A new kind is a module with its handler and a row here.
+A new kind is a module with its handler and a row here. One that fills a row of the database, which
+must not wait for ever, says in `tuner/job_subjects.py` what becomes of that.
 """
 
 from __future__ import annotations
