@@ -16,30 +16,26 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import cast
 
 from feedback.db import Database
 from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import AnswerStatus
-from server.chat.writer import (
+from server.chat.frames import (
     ENDED,
-    FRAME,
-    MOST_KEPT,
     SETUP,
     STARTED,
     UNDELIVERED,
     Report,
     Setup,
-    Writer,
     as_sent_before,
     as_undelivered,
     ended_json,
-    report_json,
     setup_json,
     started_json,
 )
+from server.chat.link import Link
+from server.chat.writer import MOST_KEPT, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +43,6 @@ START_SECONDS = 60.0
 STOP_SECONDS = 25.0  #: a database that is locked is waited for twice
 MOST_UNSENT_BYTES = 64 * 1024 * 1024  #: a writer that is so far behind gets nothing new
 RESTART_SECONDS = 1.0
-MOST_UNDER_WAY = 2  #: portions of rows that are with the writer
 
 
 NO_REPORT = Report([], [], None, 0, 0, 0, 0, away=False)
@@ -87,7 +82,7 @@ class Recorder:
         self._own_process = own_process
         self._lock = lock
         self._log_level = log_level
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._there = asyncio.Event()  #: set while there is a writer
         #: ends, or what takes one back, that a writer had not said to have written when it died
@@ -106,7 +101,7 @@ class Recorder:
         """Returns when the writer is ready. Raises RuntimeError where it can't be started."""
         self._begin(await self._connect())
 
-    def _begin(self, link: _Link) -> None:
+    def _begin(self, link: Link) -> None:
         self._link = link
         self._there.set()
 
@@ -267,7 +262,7 @@ class Recorder:
 
     # The writer's life
 
-    async def _connect(self) -> _Link:
+    async def _connect(self) -> Link:
         ours, theirs = socket.socketpair()
         if self._own_process:
             if self.process is not None:
@@ -285,7 +280,9 @@ class Recorder:
             ).start()
         self._connected_at = time.monotonic()
         loop = asyncio.get_running_loop()
-        _, link = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
+        _, link = await loop.create_unix_connection(
+            lambda: Link(self._settle, self._writer_ended), sock=ours
+        )
         if self._own_process:
             setup = Setup(
                 database_url=self._database.url.render_as_string(hide_password=False),
@@ -310,7 +307,7 @@ class Recorder:
             await asyncio.to_thread(self.process.wait)
         raise RuntimeError(why)
 
-    def _abandon(self, link: _Link) -> None:
+    def _abandon(self, link: Link) -> None:
         link.close()
         if self.process is not None:
             self.process.kill()
@@ -326,7 +323,7 @@ class Recorder:
             if number in self._waiting:
                 self._waiting[number].settle(report)
 
-    def _writer_ended(self, link: _Link) -> None:
+    def _writer_ended(self, link: Link) -> None:
         """Leave what it may not have written to the next writer.
 
         Nobody knows whether it wrote a start, so whoever waits for one is told.
@@ -394,99 +391,6 @@ class _Sent:
     def fail(self, why: str, kind: type[NotRecorded] = NotRecorded) -> None:
         if self.done is not None and not self.done.done():
             self.done.set_exception(kind(why))
-
-
-class _Link(asyncio.Protocol):
-    """The gateway's end of the socket."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._loop = asyncio.get_running_loop()
-        self._received = b""
-        self._unsent: dict[int, tuple[bytes, bytes]] = {}  #: head and body by number, in order
-        self._queued_bytes = 0  #: of `_unsent`
-        self._sent = self._settled = 0  # rows
-        #: how many rows were sent by the end of each portion, and when it was written
-        self._under_way: deque[tuple[int, float]] = deque()
-        self._heard_at = 0.0
-        self._transport: asyncio.Transport | None = None
-        self.ready = asyncio.Event()
-        self.ended = asyncio.Event()
-
-    def send(self, kind: int, number: int, body: bytes) -> None:
-        """Queue a frame; what a turn of the event loop queues is written in one go.
-
-        While the writer has one portion under way and another to go on with, nothing more is
-        written: each write would wake it, and it can't begin any sooner.
-        """
-        if not self._unsent:
-            self._loop.call_soon(self._flush)
-        self._unsent[number] = FRAME.pack(kind, number, len(body)), body
-        self._queued_bytes += FRAME.size + len(body)
-        self._sent += kind != SETUP
-
-    def withdraw(self, number: int) -> bool:
-        """Take a row's frame out of the queue; False where it was written or never queued."""
-        frame = self._unsent.pop(number, None)
-        if frame is None:
-            return False
-        self._queued_bytes -= FRAME.size + len(frame[1])
-        self._sent -= 1
-        return True
-
-    def _flush(self) -> None:
-        if self._unsent and len(self._under_way) < MOST_UNDER_WAY:
-            self._write()
-
-    def _write(self) -> None:
-        assert self._transport is not None
-        self._under_way.append((self._sent, self._loop.time()))
-        self._transport.write(b"".join(chain.from_iterable(self._unsent.values())))
-        self._unsent.clear()
-        self._queued_bytes = 0
-
-    @property
-    def unsent_bytes(self) -> int:
-        assert self._transport is not None
-        return self._queued_bytes + self._transport.get_write_buffer_size()
-
-    def silent_seconds(self) -> float:
-        """For how long the writer has had rows without saying anything."""
-        if not self._under_way:
-            return 0.0
-        return self._loop.time() - max(self._under_way[0][1], self._heard_at)
-
-    def finish(self) -> None:
-        """Nothing more is sent; what comes is still heard."""
-        assert self._transport is not None
-        if not self._transport.is_closing():
-            self._write()
-            self._transport.write_eof()
-
-    def close(self) -> None:
-        assert self._transport is not None
-        self._transport.close()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-
-    def data_received(self, data: bytes) -> None:
-        self._heard_at = self._loop.time()
-        lines = (self._received + data).split(b"\n")
-        self._received = lines.pop()
-        for line in lines:
-            report = report_json.validate_json(line)
-            self._settled += report.settled
-            self._recorder._settle(report)
-        while self._under_way and self._under_way[0][0] <= self._settled:
-            self._under_way.popleft()
-        self._flush()
-        self.ready.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.ended.set()
-        self.ready.set()
-        self._recorder._writer_ended(self)
 
 
 def _run(writer: Writer, gateway: socket.socket) -> None:

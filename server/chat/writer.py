@@ -5,10 +5,7 @@ with the requests; `Writer` alone also runs in a thread. Owns: the groups, the d
 what happens while the database is away. Covered: a row that cannot be written does not take its
 neighbours along; a gateway that is killed (what it had sent is written, then this ends); an answer
 whose end was not sent after all. Does not own: what is written (`feedback/recording.py`), who waits
-for it (`recorder.py`).
-
-The gateway sends frames: kind, number, length, and so many bytes of JSON. It is told of each group
-in a line of JSON (`Report`).
+for it (`recorder.py`), how the two speak (`frames.py`).
 """
 
 from __future__ import annotations
@@ -20,16 +17,15 @@ import logging
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from feedback.db import Database, Writing
@@ -44,64 +40,45 @@ from feedback.recording import (
 )
 from feedback.tables import AnswerStatus
 from server.chat.dead_letters import add_letter
+from server.chat.frames import (
+    ENDED,
+    FRAME,
+    STARTED,
+    UNDELIVERED,
+    Report,
+    Row,
+    TakenBack,
+    as_sent_before,
+    as_undelivered,
+    ended_json,
+    report_json,
+    setup_json,
+    started_json,
+)
 from server.logs import configure_logging
 from server.machine import collect_garbage_rarely
 
 logger = logging.getLogger(__name__)
 
+
 LARGEST_GROUP = 64  #: rows
+
+
 #: On SQLite, where a commit costs little: while one group is committed, the answers of the one
 #: before it go on, and requests for the next one come. In one large group all wait together.
 LARGEST_SQLITE_GROUP = 24
+
+
 MOST_KEPT = 10_000  #: ends of answers that wait in memory for a database that is away
+
+
 RETRY_SECONDS = 0.5
+
+
 LOCK_SECONDS = 15.0
+
+
 _PIECE_BYTES = 256 * 1024
-
-FRAME = struct.Struct(">BQI")  #: kind, number (0: nobody waits), bytes that follow
-SETUP, STARTED, ENDED, UNDELIVERED = range(4)
-
-
-@dataclass(frozen=True, slots=True)
-class TakenBack:
-    """The end of an answer that its client was not sent after all, recorded as complete or not."""
-
-    id: str
-
-
-Row = StartedAnswer | EndedAnswer | TakenBack
-AnyRow = TypeVar("AnyRow", bound=Row)
-started_json = TypeAdapter(StartedAnswer)
-ended_json = TypeAdapter(EndedAnswer)
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """The first frame that a writer's process gets."""
-
-    database_url: str
-    dead_letters: str
-    lock: str | None  #: held while the process lives: whoever follows on this database waits for it
-    log_level: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What became of one group."""
-
-    numbers: list[int]  #: settled: committed, or refused for good
-    kept_numbers: list[int]  #: not committed now, and written later: settled by another report
-    error: str | None  #: None: committed
-    settled: int  #: rows of the group, waited for or not; not those that were kept before
-    committed: int  #: rows since the start
-    lost: int  #: rows that went to the dead-letter file since the start
-    kept: int  #: rows that wait for a database that is away
-    away: bool  #: the last commit did not reach the database
-    refers_to_nothing: bool = False  #: refused because what a row refers to is gone
-
-
-setup_json = TypeAdapter(Setup)
-report_json = TypeAdapter(Report)
 
 
 class _Entry:
@@ -396,20 +373,6 @@ class Writer:
         )
         with contextlib.suppress(OSError):  # it has gone, and nobody waits any more
             self._gateway.sendall(report_json.dump_json(report) + b"\n")
-
-
-def as_undelivered(row: AnyRow) -> AnyRow:
-    """The row of an answer whose end the client was not sent after all."""
-    if isinstance(row, EndedAnswer) and row.status is AnswerStatus.COMPLETE:
-        return replace(row, status=AnswerStatus.INTERRUPTED, error_code=NOT_DELIVERED)
-    return row
-
-
-def as_sent_before(row: AnyRow) -> AnyRow:
-    """The row of an answer that a writer had, and of which nobody knows whether it is written."""
-    if isinstance(row, EndedAnswer) and row.start is not None:
-        return replace(row, start_may_be_there=True)
-    return row
 
 
 def _database_is_away(database: Database, error: Exception) -> bool:

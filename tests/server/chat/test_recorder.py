@@ -23,7 +23,8 @@ from feedback.db import Database
 from feedback.people import find_or_create_person
 from feedback.recording import EndedAnswer, StartedAnswer
 from feedback.tables import Answer, AnswerStatus, AnswerText, Conversation
-from server.chat.recorder import MOST_UNDER_WAY, NotRecorded, NotSent, Recorder, RefersToNothing
+from server.chat.link import MOST_UNDER_WAY
+from server.chat.recorder import NotRecorded, NotSent, Recorder, RefersToNothing
 from server.chat.writer import Writer, writer_lock
 from tests.rows import started_answer
 

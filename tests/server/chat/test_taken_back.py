@@ -24,8 +24,10 @@ from feedback.db import Database, Driver, Writing
 from feedback.people import find_or_create_person
 from feedback.recording import record_started
 from feedback.tables import Answer, AnswerStatus
-from server.chat.recorder import Recorder, _Link
-from server.chat.writer import ENDED, FRAME, UNDELIVERED, Report, Writer, ended_json, report_json
+from server.chat.frames import ENDED, FRAME, UNDELIVERED, Report, ended_json, report_json
+from server.chat.link import Link
+from server.chat.recorder import Recorder
+from server.chat.writer import Writer
 from tests.rows import started_answer
 from tests.server.chat.test_recorder import ended, until, with_process
 
@@ -246,7 +248,7 @@ class _Pieces(dict[int, tuple[bytes, bytes]]):
 
 @pytest.mark.anyio
 async def test_how_far_the_writer_is_behind_is_known_without_a_look_at_the_queue() -> None:
-    link = _Link(Recorder.__new__(Recorder))
+    link = Link(lambda _report: None, lambda _link: None)
     link.connection_made(_Transport())  # type: ignore[arg-type]
     link._unsent = _Pieces()
     for number in range(1, 4):
