@@ -26,7 +26,6 @@ from feedback.recording import record_started
 from feedback.tables import Answer, AnswerStatus
 from server.chat.frames import ENDED, FRAME, UNDELIVERED, Report, ended_json, report_json
 from server.chat.link import Link
-from server.chat.recorder import Recorder
 from server.chat.writer import Writer
 from tests.rows import started_answer
 from tests.server.chat.test_recorder import ended, until, with_process
