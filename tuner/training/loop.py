@@ -15,30 +15,21 @@ import hashlib
 import json
 import logging
 import math
-import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from tuner.adapters import WEIGHTS_FILE
-from tuner.base_models import (
-    BaseModelError,
-    content_revision,
-    read_chat_template,
-    read_control_tokens,
-    read_template,
-    template_hash,
-)
+from tuner.base_models import read_control_tokens, read_template
 from tuner.training.checkpoint import Checkpoint, Checkpoints
-from tuner.training.config import ConfigError, TrainingConfig
+from tuner.training.config import TrainingConfig
 from tuner.training.data import Examples, hold_examples, share_examples
 from tuner.training.guards import KlSample, check_chosen_drop, check_finite, check_kl
+from tuner.training.identity import run_identity
 from tuner.training.layout import pack, sequences_of
 from tuner.training.losses import Metrics
 from tuner.training.model import TunedModel, get_end_token_ids, load_tokenizer
@@ -57,7 +48,6 @@ CHECKPOINTS_FOLDER: Final = "checkpoints"
 
 _KL_EVERY_STEPS = 10
 _SECONDS_BETWEEN_EVENTS = 0.5
-_LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
 def train(config: TrainingConfig, emit: Emit) -> None:
@@ -69,7 +59,7 @@ def train(config: TrainingConfig, emit: Emit) -> None:
     _prepare_torch(config)
     rows = read_rows(config.train_files)
     held = None if config.validation_file is None else read_rows([config.validation_file])
-    identity = _run_identity(config)
+    identity = run_identity(config)
     # What can't be trained on is told before the model takes its time and its memory.
     tokenizer = load_tokenizer(config.base_path)
     renderer = Renderer(
@@ -440,36 +430,3 @@ def _set_random_state(state: Mapping[str, Tensor]) -> None:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             torch.cuda.set_rng_state(state[f"cuda:{index}"], index)
-
-
-def _run_identity(config: TrainingConfig) -> dict[str, Any]:
-    """All that decides the adapter: two runs that agree in this are the same run."""
-    try:
-        revision = config.base_revision or content_revision(config.base_path)
-        template = template_hash(read_chat_template(config.base_path))
-    except BaseModelError as error:
-        raise ConfigError(f"base_path: {error}") from None
-    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in config.train_files]
-    validation = config.validation_file
-    warm_start = config.warm_start and config.warm_start / WEIGHTS_FILE
-    return {
-        "config": config.fingerprint(),
-        "files": files,
-        # Absent otherwise, so that a run that an earlier version began is still the same run.
-        **(
-            {"validation_file": hashlib.sha256(validation.read_bytes()).hexdigest()}
-            if validation is not None
-            else {}
-        ),
-        "base_revision": revision,
-        "template_hash": template,
-        "warm_start": (
-            hashlib.sha256(warm_start.read_bytes()).hexdigest()
-            if warm_start is not None and warm_start.is_file()
-            else None
-        ),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _LIBRARIES},
-        },
-    }
