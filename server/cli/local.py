@@ -177,19 +177,19 @@ def doctor(data: Data = None, as_json: AsJson = False) -> None:
     """Look at everything that Burnish needs, and say what is wrong and what to do."""
     from dataclasses import asdict
 
-    from server.setup.doctor import Verdict, diagnose
+    from server.setup.doctor import Level, diagnose
 
     findings = diagnose(load_settings(data=data))
     if as_json:
         show_json([asdict(finding) for finding in findings])
     else:
-        marks = {Verdict.OK: "ok     ", Verdict.WARNING: "warning", Verdict.PROBLEM: "PROBLEM"}
+        marks = {Level.OK: "ok     ", Level.WARNING: "warning", Level.PROBLEM: "PROBLEM"}
         for finding in findings:
-            line = f"{marks[finding.verdict]}  {finding.topic}: {finding.found}"
+            line = f"{marks[finding.level]}  {finding.topic}: {finding.found}"
             console.print(line, markup=False, soft_wrap=True)
             if finding.advice:
                 console.print(f"         → {finding.advice}", markup=False, soft_wrap=True)
-    if any(finding.verdict is Verdict.PROBLEM for finding in findings):
+    if any(finding.level is Level.PROBLEM for finding in findings):
         raise typer.Exit(REFUSED)
 
 

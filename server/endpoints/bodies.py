@@ -154,7 +154,7 @@ async def _run_once(database: Database, attempt: Attempt, run: Callable[[], Answ
     if not 200 <= response.status_code < 300:
         await asyncio.to_thread(do, idempotency.give_up)
         return response
-    reply = idempotency.Reply(response.status_code, json.loads(bytes(response.body)))
+    reply = idempotency.KeptReply(response.status_code, json.loads(bytes(response.body)))
     try:
         await asyncio.to_thread(do, lambda s, a: idempotency.keep(s, a, reply))
     except SQLAlchemyError:

@@ -53,7 +53,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class KeptReply:
     """What the first request was answered with."""
 
     status: int
@@ -112,7 +112,7 @@ def build_attempt(caller: str, key: str, method: str, path: str, body: bytes) ->
 
 def begin(
     session: Session, attempt: Attempt, *, at: datetime | None = None, watch: Watch = _WATCH
-) -> Reply | None:
+) -> KeptReply | None:
     """Take the key; None when the request is now the caller's to run, else what to answer.
 
     Raises BadRequest for another request under the key, StillRunning.
@@ -153,7 +153,7 @@ def begin(
             code="idempotency_mismatch",
         )
     if not is_old and row.status is not None:
-        return Reply(row.status, row.reply)
+        return KeptReply(row.status, row.reply)
     if not is_old and not watch.has_stalled(row):
         raise StillRunning("the first request with this Idempotency-Key is still running")
     row.route, row.body_sha256, row.owner = attempt.route, attempt.body_sha256, attempt.owner
@@ -167,7 +167,7 @@ def beat(session: Session, attempt: Attempt) -> None:
     session.execute(update(IdempotentRequest).where(*_own(attempt)).values(beat_at=now()))
 
 
-def keep(session: Session, attempt: Attempt, reply: Reply) -> None:
+def keep(session: Session, attempt: Attempt, reply: KeptReply) -> None:
     """Leave the reply for the next copies. What is shown once (a new key) is left out of it.
 
     What it is about may have been deleted meanwhile: then nothing is left.

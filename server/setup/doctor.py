@@ -42,7 +42,7 @@ DISK_GIB = 2.0
 MEMORY_GIB = 7.0
 
 
-class Verdict(StrEnum):
+class Level(StrEnum):
     OK = "ok"
     WARNING = "warning"  #: works, but not as well as it could, or not for long
     PROBLEM = "problem"  #: something will not work
@@ -53,7 +53,7 @@ class Finding:
     """One line: what was looked at, what was found, and what to do about it if anything."""
 
     topic: str
-    verdict: Verdict
+    level: Level
     found: str
     advice: str | None = None
 
@@ -75,7 +75,7 @@ def diagnose(settings: Settings) -> list[Finding]:
 
 
 def _ok(topic: str, found: str) -> Finding:
-    return Finding(topic, Verdict.OK, found)
+    return Finding(topic, Level.OK, found)
 
 
 def _versions(settings: Settings) -> Iterator[Finding]:
@@ -86,7 +86,7 @@ def _versions(settings: Settings) -> Iterator[Finding]:
         if burnish
         else Finding(
             "burnish",
-            Verdict.WARNING,
+            Level.WARNING,
             "not installed",
             "run `make serve`, or `pip install -e .[cpu]`",
         )
@@ -97,7 +97,7 @@ def _versions(settings: Settings) -> Iterator[Finding]:
     if len(vllm) == 2:
         yield Finding(
             "vllm",
-            Verdict.PROBLEM,
+            Level.PROBLEM,
             " and ".join(vllm),
             "they share their files: `pip uninstall` both, install one",
         )
@@ -108,7 +108,7 @@ def _versions(settings: Settings) -> Iterator[Finding]:
     else:
         yield Finding(
             "vllm",
-            Verdict.PROBLEM,
+            Level.PROBLEM,
             "not installed",
             "`pip install -e .[cpu]` or `.[gpu]`, or set engine.urls",
         )
@@ -119,7 +119,7 @@ def _versions(settings: Settings) -> Iterator[Finding]:
             if version
             else Finding(
                 name,
-                Verdict.WARNING,
+                Level.WARNING,
                 "not installed",
                 "tuning needs it: `pip install -e .[training]`",
             )
@@ -134,7 +134,7 @@ def _cpu_torch_traps(settings: Settings) -> Iterator[Finding]:
         if version is not None and "+cpu" not in version:
             yield Finding(
                 name,
-                Verdict.PROBLEM,
+                Level.PROBLEM,
                 f"{version}, a build for CUDA beside a CPU torch; transformers then fails with "
                 "'operator torchvision::nms does not exist'",
                 f"`pip uninstall {name}`",
@@ -151,7 +151,7 @@ def _processor(settings: Settings) -> Iterator[Finding]:
     found = f"{len(machine.cpus)} cores, {machine.architecture}, {flags}"
     if machine.architecture == "x86_64" and "avx2" not in machine.cpu_flags:
         yield Finding(
-            "processor", Verdict.PROBLEM, found, "the engine needs AVX2: use another machine"
+            "processor", Level.PROBLEM, found, "the engine needs AVX2: use another machine"
         )
     else:
         yield _ok("processor", found)
@@ -159,7 +159,7 @@ def _processor(settings: Settings) -> Iterator[Finding]:
     if gpus and machine.device == "cpu":
         yield Finding(
             "gpu",
-            Verdict.WARNING,
+            Level.WARNING,
             "; ".join(gpus),
             "not used: the `vllm` wheel is not installed (`pip install -e .[gpu]`)",
         )
@@ -174,12 +174,12 @@ def _memory(settings: Settings) -> Iterator[Finding]:
     if total < MEMORY_GIB:
         yield Finding(
             "memory",
-            Verdict.PROBLEM,
+            Level.PROBLEM,
             found,
             "8 GiB are needed for engine, gateway and a training run",
         )
     elif available < 2.0 and read_engine_record(settings.run_dir) is None:
-        yield Finding("memory", Verdict.WARNING, found, "end what uses it before `burnish serve`")
+        yield Finding("memory", Level.WARNING, found, "end what uses it before `burnish serve`")
     else:
         yield _ok("memory", found)
 
@@ -188,16 +188,16 @@ def _disk(settings: Settings) -> Iterator[Finding]:
     folder = find_existing(settings.data.resolve())
     obstacle = find_obstacle(folder)
     if obstacle is not None:
-        yield Finding("data", Verdict.PROBLEM, obstacle, "give another DATA")
+        yield Finding("data", Level.PROBLEM, obstacle, "give another DATA")
         return
     free = shutil.disk_usage(folder).free / GIB
-    verdict = Verdict.OK if free >= DISK_GIB else Verdict.PROBLEM
+    level = Level.OK if free >= DISK_GIB else Level.PROBLEM
     advice = (
         None
         if free >= DISK_GIB
         else f"{DISK_GIB:.0f} GiB are needed for the model, adapters and checkpoints"
     )
-    yield Finding("disk", verdict, f"{free:.1f} GiB free in {folder}", advice)
+    yield Finding("disk", level, f"{free:.1f} GiB free in {folder}", advice)
 
 
 def _database(settings: Settings) -> Iterator[Finding]:
@@ -215,7 +215,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
     except (SQLAlchemyError, DatabaseUnfit, ImportError, OSError) as error:
         yield Finding(
             "database",
-            Verdict.PROBLEM,
+            Level.PROBLEM,
             f"{shown}: {str(error).splitlines()[0]}",
             "is it there, does it let you in, and has `burnish db upgrade` run?",
         )
@@ -245,7 +245,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
     except BaseModelError as error:
         yield Finding(
             "model",
-            Verdict.PROBLEM,
+            Level.PROBLEM,
             str(error),
             f"remove {folder} and start again, or give another MODEL",
         )
@@ -256,7 +256,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
     else:
         yield Finding(
             "model",
-            Verdict.WARNING,
+            Level.WARNING,
             f"{found}, no float layers to read",
             "adapters on it can't be checked by shape",
         )
@@ -270,7 +270,7 @@ def _engine(settings: Settings) -> Iterator[Finding]:
             up = answers_ok(f"{url.rstrip('/')}/health")
             yield Finding(
                 "engine",
-                Verdict.OK if up else Verdict.PROBLEM,
+                Level.OK if up else Level.PROBLEM,
                 f"{url} {'answers' if up else 'does not answer'}; {limits}",
                 None if up else "start it, or correct engine.urls",
             )
@@ -285,7 +285,7 @@ def _engine(settings: Settings) -> Iterator[Finding]:
         )
     except (BaseModelError, EngineSettingsError) as error:
         if isinstance(error, EngineSettingsError):
-            yield Finding("engine", Verdict.PROBLEM, str(error), "correct [engine.args]")
+            yield Finding("engine", Level.PROBLEM, str(error), "correct [engine.args]")
         return
     chosen = {name: value for name, value in environment.items() if name.startswith("VLLM_CPU")}
     yield _ok(
@@ -298,7 +298,7 @@ def _engine(settings: Settings) -> Iterator[Finding]:
         yield _ok("engine process", f"{record.url}, pid {record.pid}")
     else:
         yield Finding(
-            "engine process", Verdict.WARNING, f"{record.url} does not answer", f"see {record.log}"
+            "engine process", Level.WARNING, f"{record.url} does not answer", f"see {record.log}"
         )
 
 
@@ -314,7 +314,7 @@ def _port(settings: Settings) -> Iterator[Finding]:
         except OSError as error:
             yield Finding(
                 "address",
-                Verdict.PROBLEM,
+                Level.PROBLEM,
                 f"{place}: {error.strerror}",
                 "give another PORT, or end what listens",
             )

@@ -18,7 +18,7 @@ from feedback.db import Database, now
 from feedback.tables import Answer, Conversation
 from server.chat.dead_letters import add_letter, remove_letters
 from server.http import idempotency
-from server.http.idempotency import Reply, build_attempt
+from server.http.idempotency import KeptReply, build_attempt
 from server.remains import Remains
 from server.tables import IdempotentRequest, IdempotentSubject
 from tests.gateway_fixtures import RunningGateway
@@ -129,7 +129,7 @@ def test_the_sweep_removes_old_replies_and_letters_of_answers_that_are_gone(
     with database.write() as session:
         for one in (old, young):
             idempotency.begin(session, one)
-            idempotency.keep(session, one, Reply(201, {"completion_id": there}))
+            idempotency.keep(session, one, KeptReply(201, {"completion_id": there}))
         yesterday = now() - timedelta(hours=25)
         is_old = IdempotentRequest.key == "old"
         session.execute(update(IdempotentRequest).where(is_old).values(created_at=yesterday))
@@ -152,7 +152,7 @@ def test_a_reply_goes_with_the_conversation_that_it_is_about(
 
     def keep() -> None:
         with database.write() as session:
-            reply = Reply(201, {"conversation_id": conversation_id, "comment": CANARY})
+            reply = KeptReply(201, {"conversation_id": conversation_id, "comment": CANARY})
             idempotency.keep(session, one, reply)
 
     def delete() -> None:

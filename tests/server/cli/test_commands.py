@@ -179,7 +179,7 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
 def test_doctor_ends_with_1_where_something_will_not_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     found = burnish("doctor", "--data", str(tmp_path / "file"), "--json")
-    problems = {f["topic"] for f in json.loads(found.stdout) if f["verdict"] == "problem"}
+    problems = {f["topic"] for f in json.loads(found.stdout) if f["level"] == "problem"}
     assert (found.exit_code, "data" in problems) == (1, True)
 
 

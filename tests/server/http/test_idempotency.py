@@ -16,7 +16,7 @@ from feedback.errors import BadRequest
 from feedback.tables import AuditEntry, Judgement
 from server.errors import StillRunning
 from server.http import idempotency
-from server.http.idempotency import Attempt, Reply, Watch, build_attempt
+from server.http.idempotency import Attempt, KeptReply, Watch, build_attempt
 from server.tables import IdempotentRequest, Key
 from tests.gateway_fixtures import RunningGateway
 from tests.rows import add_answer
@@ -35,7 +35,7 @@ def attempt(key: str = "k", body: bytes = b"{}", caller: str = "key_1") -> Attem
     return build_attempt(caller, key, "POST", "/admin/keys", body)
 
 
-def begin(database: Database, one: Attempt, **more: Any) -> Reply | None:
+def begin(database: Database, one: Attempt, **more: Any) -> KeptReply | None:
     with database.write() as session:
         return idempotency.begin(session, one, **more)
 
@@ -51,8 +51,10 @@ def test_the_first_copy_runs_and_the_next_ones_get_its_reply(database: Database)
         begin(database, attempt())
     assert begin(database, attempt(caller="key_2")) is None  # keys of others are others
     with database.write() as session:
-        idempotency.keep(session, first, Reply(201, {"id": "key_9", "key": "sk-burnish-secret"}))
-    assert begin(database, attempt()) == Reply(201, {"id": "key_9", "key": None})
+        idempotency.keep(
+            session, first, KeptReply(201, {"id": "key_9", "key": "sk-burnish-secret"})
+        )
+    assert begin(database, attempt()) == KeptReply(201, {"id": "key_9", "key": None})
     with pytest.raises(BadRequest) as refused:
         begin(database, attempt(body=b"[]"))
     assert refused.value.code == "idempotency_mismatch"
@@ -67,7 +69,7 @@ def test_what_failed_and_what_is_a_day_old_runs_anew(database: Database) -> None
 
     begin(database, old, at=now() - timedelta(hours=25))
     with database.write() as session:
-        idempotency.keep(session, old, Reply(200, {}))
+        idempotency.keep(session, old, KeptReply(200, {}))
     assert begin(database, attempt("another")) is None
     with database.read() as session:
         keys = set(session.scalars(select(IdempotentRequest.key)))
@@ -90,10 +92,10 @@ def test_a_request_without_a_sign_of_life_is_taken_over_and_writes_nothing_any_m
     clock.at = 60.0
     assert begin(database, heir, watch=watch) is None
     with database.write() as session:
-        idempotency.keep(session, dead, Reply(200, "dead"))
+        idempotency.keep(session, dead, KeptReply(200, "dead"))
         idempotency.give_up(session, dead)
-        idempotency.keep(session, heir, Reply(200, "heir"))
-    assert begin(database, attempt()) == Reply(200, "heir")
+        idempotency.keep(session, heir, KeptReply(200, "heir"))
+    assert begin(database, attempt()) == KeptReply(200, "heir")
 
 
 def test_a_beat_keeps_others_away(database: Database) -> None:
