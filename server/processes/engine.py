@@ -27,7 +27,7 @@ from server.processes.children import Launch, write_private_json
 from server.processes.engine_record import EngineRecord
 from server.settings import BUNDLED_MODEL, Settings
 from tuner.base_models import BaseModel, describe_base, read_chat_template
-from tuner.work.trainer import environment_for_others
+from tuner.environment import environment_for_others
 
 CPU_CONTEXT_TOKENS = 4096  #: default context on a CPU, where a longer prompt takes minutes
 #: Default of requests that run together on a CPU; more only share the same tokens/s.

@@ -37,7 +37,7 @@ from server.processes.engine import EngineProcess, EngineSettingsError, answers_
 from server.settings import BUNDLED_MODEL, Settings
 from server.terminal import printable, write_line
 from tuner.base_models import MARK, BaseModelError
-from tuner.work.trainer import environment_for_others
+from tuner.environment import environment_for_others
 
 #: How long Ctrl-C waits for running streams; SIGTERM waits for all of them.
 INTERRUPT_DRAIN_SECONDS = 5.0

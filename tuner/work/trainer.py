@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
-OUR_VARIABLES = "BURNISH_"
-DATABASE_VARIABLES = frozenset({"PGPASSWORD", "PGPASSFILE"})  #: libpq reads them
-
 _END_SECONDS = 5.0  # less than the supervisor waits for the worker
 _POLL_SECONDS = 0.2
 
@@ -40,18 +37,6 @@ class TrainingFailed(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
-
-
-def environment_for_others() -> dict[str, str]:
-    """The environment for other people's programs (vLLM, torch), without our credentials.
-
-    It is this process's own, without what opens the gateway or the database.
-    """
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(OUR_VARIABLES) and key not in DATABASE_VARIABLES
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from tuner import jobs
 from tuner.adapter_checks import check_adapter
 from tuner.adapters import AdapterFacts
 from tuner.base_models import BaseModel, describe_base
+from tuner.environment import environment_for_others
 from tuner.job_events import NewEvent
 from tuner.jobs import JobFailed
 from tuner.methods import HYPERPARAMETERS, default_of
@@ -40,7 +41,7 @@ from tuner.work.candidates import (
 from tuner.work.journal import Journal
 from tuner.work.lease import Lease
 from tuner.work.remains import JOBS_FOLDER, remove_adapter_without_row, tidy_job
-from tuner.work.trainer import TrainerCommand, environment_for_others, run_trainer
+from tuner.work.trainer import TrainerCommand, run_trainer
 from tuner.work.workbench import Workbench, WorkerOptions
 
 ACTOR = "worker"
