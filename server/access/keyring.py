@@ -12,11 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
 from feedback.db import now
 from feedback.errors import BadRequest, Forbidden, NotAuthenticated
 from feedback.people import ANONYMOUS, Viewer
 from server.access.scopes import ROUTES, TOKEN_ROUTES, Scope
 from server.access.tokens import TOKEN_PREFIX, Grant, read_token
+from server.tables import Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +147,24 @@ def end_user_of(
     if len(found) > 256 or "\x00" in found:
         raise BadRequest("the end user's name has more than 256 characters or a NUL", param="user")
     return found
+
+
+def load_keyring(session: Session, secret: str | None = None) -> Keyring:
+    """All keys in force; `secret` is what feedback tokens are signed with."""
+    rows = session.scalars(select(Key).where(Key.revoked_at.is_(None)))
+    return Keyring(
+        {
+            row.sha256: KeyView(
+                id=row.id,
+                sha256=row.sha256,
+                user=row.user,
+                scopes=frozenset(row.scopes),
+                deployments=None if row.deployments is None else tuple(row.deployments),
+                end_users=row.end_users,
+                header_only=row.header_only,
+                limits=row.limits or {},
+            )
+            for row in rows
+        },
+        secret,
+    )

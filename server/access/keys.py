@@ -1,4 +1,4 @@
-"""Keys as rows: made, revoked, and read for the gateway's memory.
+"""Keys as rows: made and revoked.
 
 Owns: what a new key is, and who made whom. Does not own: how a request's key is recognised
 (`keyring.py`), what scopes mean (`scopes.py`).
@@ -9,12 +9,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback.db import new_id, now
 from feedback.errors import BadRequest, NotFound
-from server.access.keyring import Keyring, KeyView, hash_key
+from server.access.keyring import hash_key
 from server.access.scopes import Scope
 from server.tables import Key
 
@@ -93,24 +92,3 @@ def revoke_key(session: Session, key_id: str) -> Key:
         raise NotFound(f"no key {key_id!r} is in force")
     key.revoked_at = now()
     return key
-
-
-def load_keyring(session: Session, secret: str | None = None) -> Keyring:
-    """All keys in force; `secret` is what feedback tokens are signed with."""
-    rows = session.scalars(select(Key).where(Key.revoked_at.is_(None)))
-    return Keyring(
-        {
-            row.sha256: KeyView(
-                id=row.id,
-                sha256=row.sha256,
-                user=row.user,
-                scopes=frozenset(row.scopes),
-                deployments=None if row.deployments is None else tuple(row.deployments),
-                end_users=row.end_users,
-                header_only=row.header_only,
-                limits=row.limits or {},
-            )
-            for row in rows
-        },
-        secret,
-    )

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
-from starlette.routing import Route as HttpRoute
-
 
 class Scope(StrEnum):
     CHAT = "chat"  #: chat, text completions, models, one's own stored completions
@@ -112,8 +110,7 @@ def check_routes(routes: Iterable[Any]) -> None:
     seen = {
         (method, route.path)
         for route in routes
-        if isinstance(route, HttpRoute)
-        for method in (route.methods or set()) - {"HEAD"}
+        for method in (getattr(route, "methods", None) or set()) - {"HEAD"}
     }
     listed = ROUTES.keys() | PUBLIC
     if seen - listed or ROUTES.keys() - seen:

@@ -15,8 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback.db import Database
-from server.access.keyring import Keyring
-from server.access.keys import load_keyring
+from server.access.keyring import Keyring, load_keyring
 from server.chat.routing import DeploymentView, ReleaseView, Snapshot
 from tuner.tables import Adapter, Deployment, DeploymentAlias, Release
 

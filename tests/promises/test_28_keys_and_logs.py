@@ -26,8 +26,8 @@ import server.access.tokens
 from feedback.db import Base, Database
 from feedback.errors import NotAuthenticated
 from server.access import tokens
-from server.access.keyring import Keyring, KeyView, hash_key
-from server.access.keys import KEY_PREFIX, create_key, load_keyring, now
+from server.access.keyring import Keyring, KeyView, hash_key, load_keyring
+from server.access.keys import KEY_PREFIX, create_key, now
 from server.access.scopes import Scope
 from server.access.signing import secret_path
 from server.setup.upgrade import read_internal_key

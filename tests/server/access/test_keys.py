@@ -10,8 +10,8 @@ from fastapi import FastAPI
 
 from feedback.db import Database
 from feedback.errors import BadRequest, Forbidden, NotAuthenticated, NotFound
-from server.access.keyring import KeyView, check_scope, end_user_of
-from server.access.keys import KEY_PREFIX, create_key, load_keyring, revoke_key
+from server.access.keyring import KeyView, check_scope, end_user_of, load_keyring
+from server.access.keys import KEY_PREFIX, create_key, revoke_key
 from server.access.scopes import PUBLIC, ROUTES, Scope, check_routes
 from server.tables import Key
 

@@ -19,8 +19,8 @@ from sqlalchemy import MetaData, Table, inspect, select, text
 
 from feedback import audit
 from feedback.db import Base, CanonicalJson, Database, DatabaseUnfit, UtcDateTime, now
-from server.access.keyring import hash_key
-from server.access.keys import load_keyring, revoke_key
+from server.access.keyring import hash_key, load_keyring
+from server.access.keys import revoke_key
 from server.access.scopes import Scope
 from server.schema import MIGRATIONS, UpgradeError, check_schema, migrate
 from server.settings import Settings, WorkerSettings
