@@ -1,6 +1,6 @@
 """The FastAPI application of one gateway, and the process that serves it.
 
-Owns: which routers there are, the headers that every reply has, how the process starts and ends.
+Owns: which routers and middlewares there are, how the process starts and ends.
 Does not own: what the gateway consists of (`gateway.py`).
 """
 
@@ -17,25 +17,21 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from feedback.db import Database
 from server import endpoints
-from server.access.limits import LimitRequests
 from server.access.scopes import check_routes
-from server.chat.relay import ALWAYS
 from server.chat.request import IGNORED_HEADER
 from server.endpoints.chat import Completions
 from server.endpoints.openapi import DescribedApi
-from server.errors import add_error_handlers, describe_error
+from server.errors import add_error_handlers
 from server.gateway import Gateway, build_gateway, running, sole_gateway
-from server.http import request_ids
 from server.http.bounds import Bounds
 from server.http.encodings import Decoded, find_encoding
 from server.http.idempotency import REPLAYED_HEADER
 from server.machine import allow_open_files, collect_garbage_rarely, installed_version
-from server.metrics import CountRequests
+from server.middleware import CountRequests, IdentifyRequests, LimitRequests
 from server.schema import check_schema
 from server.settings import Settings
 from tuner.base_models import BaseModel, describe_base
@@ -129,43 +125,6 @@ def as_asked(scope: Scope) -> Scope:
     if scope["method"] == "HEAD":
         scope = {**scope, "method": "GET"}
     return scope
-
-
-class IdentifyRequests:
-    """Gives each request its id, and each reply that and the headers that all have; pure ASGI.
-
-    uvicorn runs each request in a task of its own, so nothing has to be put back at the end. A
-    fault that no handler renders becomes a reply here and not further out, where it would be
-    neither counted nor readable for other origins.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = (*ALWAYS, (request_ids.HEADER, request_ids.identify(scope).encode("ascii")))
-        has_begun = False
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal has_begun
-            if message["type"] == "http.response.start":
-                has_begun = True
-                given = message["headers"]
-                names = {name for name, _ in given}
-                message["headers"] = [*given, *(pair for pair in headers if pair[0] not in names)]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_headers)
-        except Exception as error:
-            if has_begun:
-                raise
-            status, envelope, more = describe_error(error)
-            reply = JSONResponse(envelope, status, headers=more)
-            await reply(scope, receive, send_with_headers)
 
 
 class GatewayServer(uvicorn.Server):

@@ -148,6 +148,12 @@ class RunningGateway:
         """Have the gateway read keys and deployments again; returns afterwards."""
         self.run(self.gateway.directory.refresh())
 
+    def count(self, figure: str) -> list[tuple[dict[str, str], int]]:
+        """A counter of the gateway as it stands: its labels, and how many."""
+        families = self.gateway.figures.registry.collect()
+        samples = (family.samples for family in families if family.name == figure)
+        return [(sample.labels, int(sample.value)) for sample in next(samples)]
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -186,7 +186,9 @@ def test_every_reason_to_train_on_a_row_not_is_documented() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    source = read(ROOT / "server" / "metrics.py")
+    source = "".join(
+        read(ROOT / "server" / name) for name in ("metrics.py", "endpoints/metrics.py")
+    )
     text = section("administration.md", "### Logs and metrics")
     assert first_names(text) == set(re.findall(r'"(burnish_[a-z_]+)"', source))
 

@@ -1,9 +1,9 @@
 """How much a key may ask for: requests and tokens per minute, and requests that run at once.
 
-Owns: the buckets, their words and headers (OpenAI's names and formats), and the middleware that
-applies them before a route runs. Each gateway counts for itself, in memory: what was counted is
-gone after a restart. Does not own: which key a request has (`keys.py`), how many tokens an answer
-took (`chat/relay.py`).
+Owns: the buckets, their words and headers (OpenAI's names and formats). Each gateway counts for
+itself, in memory: what was counted is gone after a restart. Does not own: when they are applied
+(`middleware.py`), which key a request has (`keys.py`), how many tokens an answer took
+(`chat/relay.py`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from feedback.errors import AppError, RateLimited
+from feedback.errors import RateLimited
 from server.access.keyring import KeyView
 from server.access.scopes import Scope as KeyScope
 from server.access.tokens import Grant
-from server.errors import envelope_of, headers_of
-
-if TYPE_CHECKING:
-    from server.gateway import Gateway
 
 Clock = Callable[[], float]
 
@@ -183,51 +174,6 @@ class LimitBook:
         if len(self._tokens) > MOST_TOKENS:
             del self._tokens[next(iter(self._tokens))]
         return found
-
-
-class LimitRequests:
-    """Applies the limits of a request's key before its route runs; pure ASGI.
-
-    Completions, which alone use tokens, do so themselves (`endpoints/chat.py`).
-    A request without a key in force passes: its route says what is wrong with it.
-    """
-
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app = app
-        self._gateway = gateway
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        account = self._find_account(scope) if scope["type"] == "http" else None
-        if account is None:
-            await self._app(scope, receive, send)
-            return
-        try:
-            admission = account.admit(with_tokens=False)
-        except RateLimited as error:
-            headers = {**account.headers(), **headers_of(error)}
-            reply = JSONResponse(envelope_of(error), error.status, headers=headers)
-            await reply(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(account.headers())
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_headers)
-        finally:
-            admission.end()
-
-    def _find_account(self, scope: Scope) -> Account | None:
-        authorization = Headers(scope=scope).get("authorization")
-        if authorization is None:
-            return None
-        try:
-            key = self._gateway.directory.keyring.authenticate(authorization)
-        except AppError:
-            return None
-        return self._gateway.limits.account(key)
 
 
 def duration(seconds: float) -> str:

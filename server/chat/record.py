@@ -150,13 +150,14 @@ class Record:
 
     def _refuse(self, error: NotRecorded, message: str) -> NotReady:
         """What a client is told whose answer is not recorded."""
-        self._figures.not_recorded.add()
+        self._figures.not_recorded.inc()
         if isinstance(error, RefersToNothing):
             self._on_missing_person()  # an erasure elsewhere has taken their row
         return NotReady(message, code=NOT_RECORDED)
 
     def _count_end(self, status: AnswerStatus) -> None:
-        self._figures.answers.add(self._started.release, str(self._started.arm), str(status))
+        whose = self._started.release, str(self._started.arm)
+        self._figures.answers.of(*whose, str(status)).inc()
 
     def _ended(
         self,

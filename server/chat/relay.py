@@ -111,7 +111,7 @@ class Reply:
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Status and headers."""
         self.status = status
-        self._figures.requests.add(self._path, str(status))
+        self._figures.requests.of(self._path, str(status)).inc()
         every = {**self.headers, **headers}
         if self._account is not None:
             every |= self._account.headers()
@@ -329,20 +329,17 @@ class Relay:
 
     def _count(self) -> None:
         """Add a completed answer to the gateway's figures."""
-        times, figures, started = self._times, self._figures, self._exchange.started
+        times, started = self._times, self._exchange.started
         ended = time.perf_counter()
         kind = "streamed" if self._exchange.stream else "plain"
-        whose = started.release, str(started.arm)
-        figures.duration[kind].observe(ended - times.began, *whose)
-        figures.overhead.observe(times.asked - times.began + ended - times.heard, *whose)
+        figures = self._figures.of_release(started.release, str(started.arm))
+        figures.duration[kind].observe(ended - times.began)
+        figures.overhead.observe(times.asked - times.began + ended - times.heard)
         if times.first_token is not None:
-            figures.first_token.observe(times.first_token - times.began, *whose)
+            figures.first_token.observe(times.first_token - times.began)
         usage = self._heard.usage or {}
-        for name, counter in (
-            ("prompt_tokens", figures.prompt_tokens),
-            ("completion_tokens", figures.completion_tokens),
-        ):
-            counter.add(*whose, amount=count_in(usage, name) or 0)
+        figures.prompt_tokens.inc(count_in(usage, "prompt_tokens") or 0)
+        figures.completion_tokens.inc(count_in(usage, "completion_tokens") or 0)
 
     # A reply in one piece
 
@@ -456,7 +453,7 @@ class Relay:
     def _check_name(self, answer: dict[str, Any]) -> None:
         """The engine must answer under the name that it was asked under."""
         if answer.get("model") != self._exchange.engine_name:
-            self._figures.integrity_errors.add()
+            self._figures.integrity_errors.inc()
             logger.critical(
                 "Engine answered under another name",
                 extra={

@@ -231,7 +231,7 @@ async def _check_recorder(gateway: Gateway) -> None:
     try:
         await gateway.recorder.check(gateway.settings.gateway.commit_timeout_seconds)
     except NotSent:
-        gateway.figures.not_recorded.add()
+        gateway.figures.not_recorded.inc()
         raise NotReady("the request could not be recorded; try again", code=NOT_RECORDED) from None
 
 

@@ -103,7 +103,7 @@ def give_feedback(
             viewer, person_id = replace(viewer, sees_all=True), grant.person_id
         row, created = judgements.judge(session, viewer, body.to_judgement(), person_id=person_id)
     response.status_code = 201 if created else 200
-    gateway.figures.judgements.add(body.kind, body.source.type)
+    gateway.figures.judgements.of(body.kind, body.source.type).inc()
     # What it teaches takes reading long texts: not while the write lock is held.
     with gateway.database.read() as session:
         return view_one_feedback(session, row)

@@ -21,10 +21,11 @@ from functools import partial
 from typing import Any, cast
 
 import httptools
+from prometheus_client import Counter
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import envelope
-from server.metrics import Counter
+from server.metrics import Series
 from server.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ _AT_WORK = (_Phase.BODY, _Phase.ANSWER)
 class Bounds:
     """The bounds of all connections of one server, and which connections there are."""
 
-    def __init__(self, settings: GatewaySettings, ended: Counter) -> None:
+    def __init__(self, settings: GatewaySettings, ended: Series[Counter]) -> None:
         self.settings = settings
         self._ended = ended
         self._open: set[BoundedHttpProtocol] = set()
@@ -129,7 +130,7 @@ class Bounds:
 
     def count(self, reason: str) -> None:
         """Count a connection that the server ended, by its reason."""
-        self._ended.add(reason)
+        self._ended.of(reason).inc()
 
     def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(self._between_looks, self._look, loop)

@@ -4,7 +4,7 @@ For a completion it is the id of the answer too.
 
 Owns: where it is made and kept. It is ours alone: a caller's own could repeat, or be another
 answer's. What a caller sends as `X-Client-Request-Id` or `X-Request-Id` stands beside it in log
-lines. Does not own: replies (`app.py`) or lines (`logs.py`).
+lines. Does not own: replies (`middleware.py`) or lines (`logs.py`).
 """
 
 from __future__ import annotations

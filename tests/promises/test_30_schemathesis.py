@@ -200,13 +200,13 @@ def test_made_up_requests_meet_no_fault_and_every_response_conforms(
     with freezing(sqlite_gateway):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    replies = sqlite_gateway.gateway.figures.requests.samples()
+    replies = sqlite_gateway.count("burnish_requests")
     routes = {path for _, path in ROUTES if not path.startswith("/internal")}
     succeeded = {labels["route"] for labels, _ in replies if labels["status"] < "300"}
     assert len(routes - succeeded) <= len(routes) // 10, routes - succeeded
     statuses = Counter({labels["status"]: 0 for labels, _ in replies})
     for labels, count in replies:
-        statuses[labels["status"]] += int(count)
+        statuses[labels["status"]] += count
     assert not [status for status in statuses if status >= "500"]
     figures(made_up_requests=statuses.total(), by_status=str(dict(sorted(statuses.items()))))
 

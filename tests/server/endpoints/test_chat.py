@@ -323,7 +323,7 @@ def test_a_fault_before_the_first_token_has_a_status_and_a_failed_row(
                 assert ("retry-after" in reply.headers) == (status == 503)
                 recorded = newest_row(sqlite_gateway)
                 assert (recorded.status, recorded.error_code) == (AnswerStatus.FAILED, code)
-    assert sqlite_gateway.gateway.figures.integrity_errors.samples() == [({}, 2)]
+    assert sqlite_gateway.count("burnish_integrity_errors") == [({}, 2)]
 
 
 def test_a_fault_in_mid_stream_ends_it_with_an_error_and_keeps_what_was_said(
@@ -427,7 +427,7 @@ def test_a_200_that_holds_no_completion_is_the_engine_s_fault_and_named_so(
             assert (recorded.status, recorded.error_code) == (AnswerStatus.FAILED, "engine_error")
             gateway_engine.faults = Faults()
             assert client.post(CHAT, json=chat(stream=stream)).status_code == 200
-    assert sqlite_gateway.gateway.figures.integrity_errors.samples() == []
+    assert sqlite_gateway.count("burnish_integrity_errors") == [({}, 0)]
 
 
 def test_an_event_of_another_form_in_mid_stream_ends_it_as_the_engine_s_fault(

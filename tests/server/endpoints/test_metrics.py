@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from server.metrics import MOST_HISTOGRAMS, MOST_SERIES, Counter, Histogram
+import prometheus_client
+import pytest
+from prometheus_client import generate_latest
+
+from server.metrics import MOST_HISTOGRAMS, MOST_SERIES, Figures, Histogram
 from tests.gateway_fixtures import RunningGateway
 
 DASHBOARD = Path(__file__).resolve().parents[3] / "docs/grafana/burnish.json"
@@ -33,7 +39,7 @@ def _read(text: str) -> dict[str, float]:
 def test_figures_are_those_of_the_gateway(sqlite_gateway: RunningGateway) -> None:
     gateway = sqlite_gateway.gateway
     gateway.recorder._before = (7, 2)
-    gateway.figures.integrity_errors.add(amount=3)
+    gateway.figures.integrity_errors.inc(3)
     reply = sqlite_gateway.client().get("/metrics")
     figures = _read(reply.text)
 
@@ -50,8 +56,8 @@ def test_figures_are_those_of_the_gateway(sqlite_gateway: RunningGateway) -> Non
 
 def test_large_counts_are_written_in_full(sqlite_gateway: RunningGateway) -> None:
     sqlite_gateway.gateway.recorder._before = (123_456_789, 0)
-    text = sqlite_gateway.client().get("/metrics").text
-    assert "\nburnish_recorder_rows_committed_total 123456789\n" in text
+    figures = _read(sqlite_gateway.client().get("/metrics").text)
+    assert figures["burnish_recorder_rows_committed_total"] == 123_456_789
 
 
 def test_what_was_asked_answered_and_judged_is_counted(sqlite_gateway: RunningGateway) -> None:
@@ -71,16 +77,17 @@ def test_what_was_asked_answered_and_judged_is_counted(sqlite_gateway: RunningGa
     assert requests("/v1/chat/completions", 404) == 1
     assert requests("other", 404) == 1
     assert requests("/v1/feedback", 201) == 1
-    whose = 'release="assistant@0",arm="production"'
-    labels = f"{{{whose}}}"
+    arm, release = 'arm="production"', 'release="assistant@0"'
+    labels = f"{{{arm},{release}}}"
     for kind in ("plain", "streamed"):
-        duration = f'burnish_request_duration_seconds_bucket{{{whose},kind="{kind}",le="+Inf"}}'
-        assert figures[duration] == 1
-        assert 0 < figures[f'burnish_request_duration_seconds_sum{{{whose},kind="{kind}"}}'] < 30
+        duration = f'{{{arm},kind="{kind}",le="+Inf",{release}}}'
+        assert figures[f"burnish_request_duration_seconds_bucket{duration}"] == 1
+        total = f'{{{arm},kind="{kind}",{release}}}'
+        assert 0 < figures[f"burnish_request_duration_seconds_sum{total}"] < 30
     assert figures[f"burnish_time_to_first_token_seconds_count{labels}"] == 1
     assert figures[f"burnish_gateway_overhead_seconds_count{labels}"] == 2
     assert 0 < figures[f"burnish_gateway_overhead_seconds_sum{labels}"] < 30
-    assert figures[f'burnish_answers_total{{{whose},status="complete"}}'] == 2
+    assert figures[f'burnish_answers_total{{{arm},{release},status="complete"}}'] == 2
     usage = answer["usage"]
     assert figures[f"burnish_prompt_tokens_total{labels}"] == 2 * usage["prompt_tokens"]
     assert figures[f"burnish_completion_tokens_total{labels}"] == 2 * usage["completion_tokens"]
@@ -88,24 +95,42 @@ def test_what_was_asked_answered_and_judged_is_counted(sqlite_gateway: RunningGa
     assert figures["burnish_not_recorded_total"] == 0
 
 
-def test_a_counter_holds_a_bounded_number_of_series() -> None:
-    counter = Counter("release")
+def test_figures_hold_a_bounded_number_of_series() -> None:
+    figures = Figures()
     for number in range(MOST_SERIES + 5):
-        counter.add(f"assistant@{number}")
-    figures = {labels["release"]: value for labels, value in counter.samples()}
-    assert len(figures) == MOST_SERIES + 1
-    assert figures["other"] == 5
+        release = figures.of_release(f"assistant@{number}", "pinned")
+        release.prompt_tokens.inc()
+        release.duration["plain"].observe(1.5)
+    found = _read(generate_latest(figures.registry).decode())
+    plain = re.compile('burnish_request_duration_seconds_count{.*kind="plain"')
+    tokens = {name: value for name, value in found.items() if "prompt_tokens" in name}
+    assert len(tokens) == MOST_SERIES + 1
+    assert tokens['burnish_prompt_tokens_total{arm="other",release="other"}'] == 5
+    durations = {name: value for name, value in found.items() if plain.match(name)}
+    assert len(durations) == MOST_HISTOGRAMS + 1
+    rest = 'burnish_request_duration_seconds_count{arm="other",kind="plain",release="other"}'
+    assert durations[rest] == MOST_SERIES + 5 - MOST_HISTOGRAMS
 
 
-def test_a_histogram_holds_a_bounded_number_of_series() -> None:
-    histogram = Histogram((1.0, 2.0), "release", "arm")
-    for number in range(MOST_HISTOGRAMS + 5):
-        histogram.observe(1.5, f"assistant@{number}", "pinned")
-    histogram.observe(9.0)
-    found = {labels["release"]: (counts, total) for labels, counts, total in histogram.series()}
-    assert len(found) == MOST_HISTOGRAMS + 1
-    assert found["assistant@0"] == ([0, 1, 0], 1.5)
-    assert found["other"] == ([0, 5, 1], 16.5)
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.0051, 1.0, 300.0, 301.0])
+def test_a_histogram_puts_each_figure_where_the_library_does(seconds: float) -> None:
+    bounds = (0.005, 1.0, 300.0)
+    ours, theirs = [
+        kind("seconds", "How long.", buckets=bounds, registry=None)
+        for kind in (Histogram, prometheus_client.Histogram)
+    ]
+    ours.observe(seconds)
+    theirs.observe(seconds)
+    assert list(ours.collect()) == list(theirs.collect())
+
+
+def test_figures_are_kept_in_memory_whatever_vllm_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    count = "from server.metrics import Figures; Figures().not_recorded.inc()"
+    subprocess.run([sys.executable, "-P", "-c", count], check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_should_stay_0_is_there_from_the_start(sqlite_gateway: RunningGateway) -> None:

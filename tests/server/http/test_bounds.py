@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
 from server.http.bounds import MOST_HEAD_BYTES, BoundedHttpProtocol, Bounds
-from server.metrics import Counter
+from server.metrics import Figures
 from server.settings import GatewaySettings
 from tests.fake_engine import FakeEngine, Faults
 from tests.gateway_fixtures import RunningGateway, start_gateway
@@ -219,8 +219,8 @@ def hasty_gateway(
 
 def ended(gateway: RunningGateway) -> dict[str, int]:
     """How many connections the gateway has ended, by reason."""
-    samples = gateway.gateway.figures.connections_ended.samples()
-    return {labels["reason"]: int(count) for labels, count in samples}
+    samples = gateway.count("burnish_connections_ended")
+    return {labels["reason"]: count for labels, count in samples}
 
 
 @pytest.mark.parametrize("begun", [START, b"GET"])
@@ -422,7 +422,7 @@ async def says_hello(_scope: Any, _receive: Any, send: Any) -> None:
 
 
 def build_bounds(**settings: Any) -> Bounds:
-    return Bounds(GatewaySettings(**settings), Counter("reason"))
+    return Bounds(GatewaySettings(**settings), Figures().connections_ended)
 
 
 async def connect(bounds: Bounds, *sent: bytes, app: Any = says_hello) -> BoundedHttpProtocol:
