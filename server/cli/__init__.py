@@ -1,8 +1,8 @@
 """The command line: `burnish …`.
 
 Owns: the commands, what they print, their exit codes. Local commands (`local.py`) work on the data
-directory; all others (`remote.py`) go through the API like any other client. Imports are made
-inside the commands, so that `burnish serve` stays a small process without a web framework or a
+directory; all others go through the API like any other client. Imports are made inside the
+commands, so that `burnish serve` stays a small process without a web framework or a
 database.
 
 Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 no connection, or not ready.
@@ -12,9 +12,19 @@ from __future__ import annotations
 
 import os
 
-from server.cli import local, remote
+from server.cli import administration, deployments, local, tuning
 from server.cli.app import app
 from server.terminal import prepare_output
+
+for name, group in {
+    "deployments": deployments.deployments,
+    "keys": administration.keys,
+    "datasets": tuning.datasets,
+    "releases": deployments.releases,
+    "jobs": tuning.jobs,
+    "audit": administration.audit,
+}.items():
+    app.add_typer(group, name=name)
 
 
 def main() -> None:
@@ -24,4 +34,4 @@ def main() -> None:
     app()
 
 
-__all__ = ["app", "local", "main", "remote"]
+__all__ = ["administration", "app", "deployments", "local", "main", "tuning"]
