@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tuner.training.config import TrainingConfig, child_environment
+from tuner.training.config import TrainingConfig, trainer_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZE = 8
@@ -138,7 +138,7 @@ def main() -> None:
         print(json.dumps({"tokens": tokens, "seconds": seconds}))
         return
 
-    tuned = child_environment(options.threads)
+    tuned = trainer_environment(options.threads)
     kept = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
     plain = {key: tuned[key] for key in kept}
     runs = {

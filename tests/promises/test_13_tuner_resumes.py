@@ -20,7 +20,7 @@ from tests.promise_fixtures import Figures
 from tests.promises.scale import is_full
 from tests.tuner.training.runs import build_config, preference_rows, supervised_rows
 from tuner.adapters import content_hash
-from tuner.training.config import child_environment
+from tuner.training.config import trainer_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 POINTS = 30 if is_full() else 3
@@ -51,7 +51,7 @@ def run(config: Path, *, kill_after: tuple[int, float] | None = None) -> Events:
     """Every event of the trainer; it is killed that many seconds after that many events."""
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "tuner.training", str(config)],
-        env={**os.environ, **child_environment(1), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **trainer_environment(1), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )

@@ -1,8 +1,8 @@
 """The configuration of one tuning job, and the environment of its child process.
 
-Owns: `TrainingConfig` and its JSON form, `child_environment`. Imports no torch, so the process that
-starts the child builds it. Does not own: where the values come from (a job's hyperparameters, a
-deployment's policy).
+Owns: `TrainingConfig` and its JSON form, `trainer_environment`. Imports no torch, so the process
+that starts the child builds it. Does not own: the defaults (`tuner/methods.py`), or where the
+values come from (a job's hyperparameters, a deployment's policy).
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class TrainingConfig(BaseModel):
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def child_environment(threads: int) -> dict[str, str]:
+def trainer_environment(threads: int) -> dict[str, str]:
     """Return the variables to set for the child, beside the parent's own.
 
     Call it in the process that starts the child, from a thread that lives as long as the child may:

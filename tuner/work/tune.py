@@ -28,7 +28,7 @@ from tuner.job_events import NewEvent
 from tuner.jobs import JobFailed
 from tuner.methods import HYPERPARAMETERS, default_of
 from tuner.tables import Job
-from tuner.training.config import TrainingConfig, child_environment
+from tuner.training.config import TrainingConfig, trainer_environment
 from tuner.work.candidates import (
     Candidate,
     check_base,
@@ -208,7 +208,7 @@ def _record_candidate(
 
 def _environment(threads: int) -> dict[str, str]:
     """The child's environment: this process's without our settings, which hold keys."""
-    return environment_for_others() | child_environment(threads)
+    return environment_for_others() | trainer_environment(threads)
 
 
 def _write(file: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.tuner.training.runs import build_config
-from tuner.training.config import PARENT_VARIABLE, ConfigError, TrainingConfig, child_environment
+from tuner.training.config import PARENT_VARIABLE, ConfigError, TrainingConfig, trainer_environment
 
 
 @pytest.fixture
@@ -73,6 +73,6 @@ def test_the_fingerprint_is_of_what_decides_the_adapter(
 
 
 def test_the_child_knows_its_parent_and_threads() -> None:
-    environment = child_environment(3)
+    environment = trainer_environment(3)
     assert environment[PARENT_VARIABLE] == str(os.getpid())
     assert environment["OMP_NUM_THREADS"] == "3"

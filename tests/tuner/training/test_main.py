@@ -16,7 +16,7 @@ import pytest
 from tests.tuner.training.runs import build_config, preference_rows, supervised_rows
 from tuner.adapters import content_hash
 from tuner.training.__main__ import run_config
-from tuner.training.config import PARENT_VARIABLE, ExitCode, child_environment
+from tuner.training.config import PARENT_VARIABLE, ExitCode, trainer_environment
 from tuner.work.trainer import TrainerCommand, run_trainer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,7 +25,7 @@ WAIT_SECONDS = 60.0
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, **child_environment(1), "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **trainer_environment(1), "PYTHONPATH": str(ROOT)}
 
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
@@ -95,8 +95,8 @@ def test_a_trainer_whose_parent_is_gone_does_not_begin(tmp_path: Path) -> None:
 
 PARENT = """
 import os, subprocess, sys
-from tuner.training.config import child_environment
-child = subprocess.Popen(sys.argv[1:], env={**os.environ, **child_environment(1)})
+from tuner.training.config import trainer_environment
+child = subprocess.Popen(sys.argv[1:], env={**os.environ, **trainer_environment(1)})
 print(child.pid, flush=True)
 child.wait()
 """
