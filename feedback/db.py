@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     Connection,
     DateTime,
     Dialect,
@@ -208,16 +209,16 @@ class Database:
 
     `read()` sees one snapshot and never commits. `write()` takes the write lock at once
     (`BEGIN IMMEDIATE` on SQLite), commits at the end of the block and rolls back when it raises.
+    `direct_url` leads past any pooler, for what belongs to a session of PostgreSQL.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
-        self.url = make_url(url)
+    def __init__(self, url: str, *, direct_url: str | None = None, pool_size: int = 10) -> None:
+        self.url = _with_driver(make_url(url))
+        self.direct_url = self.url if direct_url is None else _with_driver(make_url(direct_url))
         self.info: dict[str, Any] = {}  #: goes with every session
         if self.is_sqlite:
             self.engine = _create_sqlite_engine(url)
         else:
-            if self.url.drivername == "postgresql":
-                self.url = self.url.set(drivername="postgresql+psycopg")
             self.engine = create_engine(
                 self.url,
                 pool_size=pool_size,
@@ -343,6 +344,10 @@ def _leave_values_out(context: ExceptionContext) -> None:
 def _leave_details_out(error: BaseException | None) -> None:
     if error is not None and error.args and isinstance(error.args[0], str):
         error.args = (error.args[0].partition("\nDETAIL:")[0], *error.args[1:])
+
+
+def _with_driver(url: URL) -> URL:
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
 def _create_sqlite_engine(url: str) -> Engine:

@@ -23,6 +23,7 @@ from feedback.db import Database
 from server import endpoints
 from server.access.scopes import check_routes
 from server.chat.request import IGNORED_HEADER
+from server.cluster.kept_lock import check_direct
 from server.endpoints.chat import Completions
 from server.endpoints.openapi import DescribedApi
 from server.errors import add_error_handlers
@@ -146,12 +147,13 @@ class GatewayServer(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Run one gateway until SIGTERM or SIGINT; the exit status.
 
-    Raises DatabaseUnfit where another gateway has the SQLite file or the schema is of another
-    version, BaseModelError.
+    Raises DatabaseUnfit where another gateway has the SQLite file, the schema is of another version
+    or a pooler stands in the way, and BaseModelError.
     """
-    base, database = read_base(settings), Database(settings.database_url)
+    base, database = read_base(settings), _open_database(settings)
     try:
         check_schema(database)
+        check_direct(database)
         gateway = build_gateway(settings, base, database)
         server = GatewayServer(build_config(create_app(gateway), settings), gateway)
         collect_garbage_rarely()
@@ -161,6 +163,10 @@ def serve(settings: Settings) -> int:
     finally:
         database.dispose()
     return 0 if server.started else 1
+
+
+def _open_database(settings: Settings) -> Database:
+    return Database(settings.database_url, direct_url=settings.database.direct_url)
 
 
 def _allow_connections(most: int) -> None:

@@ -126,6 +126,18 @@ class DatabaseSettings(Section):
     url: DatabaseUrl | None = Field(
         default=None, description="SQLAlchemy URL; default: `sqlite:///DATA/burnish.sqlite3`."
     )
+    direct_url: DatabaseUrl | None = Field(
+        default=None,
+        description="PostgreSQL itself, where `url` is a pooler's; default: `url`.",
+    )
+
+    @model_validator(mode="after")
+    def _check_direct_url(self) -> Self:
+        if self.direct_url is not None and not (
+            self.direct_url.startswith("postgresql") and (self.url or "").startswith("postgresql")
+        ):
+            raise ValueError("database.direct_url is for PostgreSQL, and beside database.url")
+        return self
 
 
 class EngineSettings(Section):

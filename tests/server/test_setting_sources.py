@@ -57,6 +57,7 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
         ("DATABASE__URL", "postgresql://u:se@secret@h/d", "(found 'postgresql://…@h/d')"),
         ("DATABASE__URL", "postgresql://u:secret@h:abc/d", "in the password written as %2F"),
         ("DATABASE__URL", "sqlite://burnish.db", "three slashes"),
+        ("DATABASE__DIRECT_URL", "postgresql://u:secret@h/d", "and beside database.url"),
         ("WORKER__GATEWAY_URL", "localhost:8000", "expected the address of a gateway"),
         ("BOOTSTRAP_KEY", "sk-secret one\ntwo", "holds a blank, a line break"),
         ("ENGINE__API_KEY", "  ", "is empty: leave it out"),

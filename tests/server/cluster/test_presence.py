@@ -6,14 +6,13 @@ import asyncio
 import logging
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 
 from feedback.db import Database, Driver
@@ -24,6 +23,7 @@ from server.cluster.presence import GRACE_SECONDS, Presence, present
 from tests.fake_engine import FakeEngine
 from tests.feedback.record import ask, make_viewer
 from tests.gateway_fixtures import start_gateway
+from tests.postgres_sessions import end_session_of, until
 
 LIVES_UNTIL_KILLED = """
 import sys
@@ -84,21 +84,8 @@ def is_free(database: Database, gateway: str) -> bool:
         return bool(session.scalar(presence._LOOK, presence._lock_of(gateway)))
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)  # PostgreSQL tells nobody when a connection has ended
-
-
 def break_connection(database: Database, gateway: Presence) -> None:
-    """As a network or a server that restarts does."""
-    assert gateway._connection is not None
-    process = gateway._connection.scalar(text("SELECT pg_backend_pid()"))
-    gateway._connection.rollback()
-    with database.write() as session:
-        session.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": process})
-    until(lambda: is_free(database, gateway._id))
+    end_session_of(gateway._lock, database)
 
 
 def one_after_the_other(
@@ -265,11 +252,11 @@ def test_a_database_that_was_away_gives_everybody_the_whole_grace_again(
     leave_started(postgres_database, "gw_dead")
     looks = start("gw_looks")
     looks.beat()
-    event.listen(looks._engine, "before_cursor_execute", _refuse)
+    event.listen(looks._lock._engine, "before_cursor_execute", _refuse)
     clock.now += GRACE_SECONDS / 2
     with pytest.raises(ConnectionError):
         looks.beat()
-    event.remove(looks._engine, "before_cursor_execute", _refuse)
+    event.remove(looks._lock._engine, "before_cursor_execute", _refuse)
     clock.now += GRACE_SECONDS / 2
     looks.beat()
     assert error_codes(postgres_database) == {"gw_dead": None}

@@ -1,0 +1,203 @@
+"""An advisory lock of PostgreSQL that one process keeps, on a connection of its own.
+
+Owns: that connection (its limits, a new one where it broke), the lock on it, the regular beats that
+keep both, and the refusal of a pooler, behind which a lock is nobody's. PostgreSQL frees the lock
+with the connection, whatever ends it. Covered: a holder that is killed, frozen (in a transaction
+too) or cut off, with its machine or without; a database that goes away and comes back. Does not
+own: what a lock means (`presence.py`, `leader.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from typing import Protocol
+
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, text
+from sqlalchemy.exc import DBAPIError
+
+from feedback.db import Database, DatabaseUnfit, show_url
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5
+KEEPALIVE = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count": 3}
+"""In seconds and probes: else a read waits for hours on a server whose machine is gone."""
+
+_TAKE = text("SELECT pg_try_advisory_lock(:namespace, :key)")
+_PROCESS = text("SELECT pg_backend_pid()")
+_SET = text(
+    "SELECT set_config(name, :milliseconds, false) FROM pg_settings WHERE name = :name"
+)  # what this PostgreSQL does not know stays unset
+_LOOKS = 3  #: at the processes behind two sessions: a pooler may give both another one by chance
+
+
+class KeptLock:
+    """A lock that is held as long as its connection lives. All calls block, one at a time.
+
+    `name` has the `namespace` and `key` of the lock, signed 32-bit numbers: single 64-bit keys, as
+    others here take, are apart from pairs. PostgreSQL ends the connection after `idle_seconds`
+    without a statement: of a machine without power no packet tells it that the holder is dead.
+    `answer_seconds` is for a statement, and for the server's machine to confirm a packet.
+    """
+
+    def __init__(
+        self, url: URL, name: Mapping[str, int], *, idle_seconds: float, answer_seconds: float
+    ) -> None:
+        self.holds = False
+        self._name = dict(name)
+        self._limits = {
+            "idle_session_timeout": idle_seconds,  # from PostgreSQL 14 on
+            "idle_in_transaction_session_timeout": idle_seconds,
+            "statement_timeout": answer_seconds,
+        }
+        self._engine = _create_engine(url, answer_seconds)
+        self._connection: Connection | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The one that holds the lock, or has tried to."""
+        assert self._connection is not None
+        return self._connection
+
+    def take(self) -> bool:
+        """Take the lock unless somebody holds it already; whether it was taken just now."""
+        connection = self._connect()
+        if self.holds:
+            return False
+        with connection.begin():
+            self.holds = connection.scalar(_TAKE, self._name) is True
+        return self.holds
+
+    def _connect(self) -> Connection:
+        """The connection; a new one, without the lock, where the old one broke."""
+        if self._connection is not None and not _is_connected(self._connection):
+            self.close()
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            try:
+                with self._connection.begin():
+                    for name, seconds in self._limits.items():
+                        limit = {"name": name, "milliseconds": str(int(seconds * 1000))}
+                        self._connection.execute(_SET, limit)
+            except BaseException:
+                self.close()
+                raise
+        return self._connection
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self.holds = False
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.invalidate()  # without a rollback, which fails where PostgreSQL ended it
+            connection.close()
+
+
+def _create_engine(url: URL, answer_seconds: float = CONNECT_SECONDS) -> Engine:
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        pool_reset_on_return=None,  # a connection that is given back is closed
+        connect_args={
+            "connect_timeout": CONNECT_SECONDS,
+            "tcp_user_timeout": int(answer_seconds * 1000),
+            **KEEPALIVE,
+        },
+    )
+
+
+def _is_connected(connection: Connection) -> bool:
+    if connection.invalidated:
+        return False  # used again it would connect by itself, and not hold the lock
+    if connection.in_transaction():
+        return False  # it broke in the middle of one
+    try:
+        with connection.begin():
+            connection.exec_driver_sql("SELECT 1")
+    except DBAPIError:
+        return False
+    return True
+
+
+def check_direct(database: Database, engine: Engine | None = None) -> None:
+    """Raise DatabaseUnfit where a pooler gives server processes to transactions, not to sessions.
+
+    A lock that is taken there belongs to whoever has that process next, and outlives its session.
+    """
+    if database.is_sqlite:
+        return
+    engine = engine or _create_engine(database.direct_url)
+    try:
+        seen = _list_processes(engine)
+    except DBAPIError as error:
+        where = show_url(database.direct_url.render_as_string(hide_password=False))
+        said = str(error.orig).strip().splitlines()[0]
+        raise DatabaseUnfit(
+            f"PostgreSQL can't be used at {where}: {said}; see database.direct_url"
+        ) from None
+    if len(set(seen)) > 1 or seen[0][0] == seen[0][1]:
+        raise DatabaseUnfit(
+            "two sessions of the database met the same server process: a pooler gives connections "
+            "to transactions there, and locks and notifications need sessions; set "
+            "database.direct_url to PostgreSQL itself"
+        )
+
+
+def _list_processes(engine: Engine) -> list[tuple[int, int]]:
+    """Server processes behind two sessions, at several looks."""
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(engine.connect()).execution_options(isolation_level="AUTOCOMMIT")
+            for _ in range(2)
+        )
+        return [(first.scalar(_PROCESS), second.scalar(_PROCESS)) for _ in range(_LOOKS)]
+
+
+class Keeper(Protocol):
+    """What `beating` keeps going; both calls block."""
+
+    def beat(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def beating(
+    keeper: Keeper, seconds: float, failure: str, *, action: str
+) -> AsyncIterator[None]:
+    """Have `keeper` beat before the block, and every so many `seconds` until it ends; then close.
+
+    It has a thread of its own: requests that fill the others hold up no beat. A beat that fails is
+    tried again at the next, and what fails time and again is logged once, as `failure`.
+    """
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+
+    async def try_beat(*, was_away: bool = False) -> bool:
+        try:
+            await loop.run_in_executor(thread, keeper.beat)
+        except Exception:
+            if not was_away:
+                logger.exception(failure, extra={"action": action})
+            return True
+        return False
+
+    async def beat_until_stopped(is_away: bool) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), seconds)
+            if stopping.is_set():
+                return
+            is_away = await try_beat(was_away=is_away)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix=action) as thread:
+        beats = asyncio.create_task(beat_until_stopped(await try_beat()))
+        try:
+            yield
+        finally:
+            stopping.set()  # not cancelled: the thread of a beat would go on beside `close`
+            await beats
+            await loop.run_in_executor(thread, keeper.close)
