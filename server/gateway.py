@@ -27,6 +27,7 @@ from server.chat.recorder import Recorder
 from server.chat.routing import Snapshot
 from server.chat.tracing import Tracer, build_tracer
 from server.chat.writer import writer_lock
+from server.cluster.leader import Leader, leading
 from server.cluster.presence import present
 from server.engines.base import EngineAddress
 from server.engines.chooser import Chooser
@@ -70,10 +71,14 @@ class Gateway:
     figures: Figures = field(default_factory=Figures)
     intake: Intake = field(default_factory=Intake)
     id: str = field(default_factory=lambda: new_id("gw_"))
+    leader: Leader = field(init=False)
     tracer: Tracer | None = None  #: None: tracing is off
     stopping: bool = False
     _moves: dict[str, asyncio.Lock] = field(default_factory=dict)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.leader = Leader(self.database, self.id, is_wanted=lambda: not self.stopping)
 
     def move_lock(self, deployment: str) -> asyncio.Lock:
         """Moves of one deployment follow each other."""
@@ -233,7 +238,8 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
                 asyncio.create_task(gateway.remains.follow()),
             ]
             try:
-                yield
+                async with leading(gateway.leader):  # given back before anything else ends
+                    yield
             finally:
                 tasks += gateway._background
                 for task in tasks:

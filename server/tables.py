@@ -1,11 +1,11 @@
-"""Tables of the gateway: keys, and requests that may be repeated."""
+"""Tables of the gateway: keys, requests that may be repeated, and who leads."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKeyConstraint, Index
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKeyConstraint, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from feedback.db import Base, CanonicalJson, UtcDateTime, now
@@ -64,3 +64,15 @@ class IdempotentSubject(Base):
     subject: Mapped[str] = mapped_column(primary_key=True)  #: first: it is what is looked for
     caller: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Control(Base):
+    """One row: which gateway leads, and how often what the leader writes has changed."""
+
+    __tablename__ = "control"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    version: Mapped[int] = mapped_column(BigInteger)  #: grows with every write of a leader
+    term: Mapped[int] = mapped_column(BigInteger)  #: grows with every leader
+    leader: Mapped[str]  #: the gateway that began the term; it may have ended since

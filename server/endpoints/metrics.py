@@ -94,3 +94,8 @@ def collect_state(gateway: Gateway) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "burnish_gateway_stopping", "1 while the gateway shuts down.", int(gateway.stopping)
     )
+    yield GaugeMetricFamily(
+        "burnish_gateway_leading",
+        "1 while this gateway leads.",
+        int(gateway.leader.is_leading()),
+    )

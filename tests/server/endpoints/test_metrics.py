@@ -47,6 +47,7 @@ def test_figures_are_those_of_the_gateway(sqlite_gateway: RunningGateway) -> Non
     assert figures["burnish_recorder_rows_committed_total"] == 7
     assert figures["burnish_recorder_rows_lost_total"] == 2
     assert figures["burnish_integrity_errors_total"] == 3
+    assert figures["burnish_gateway_leading"] == 1
     assert figures['burnish_engines{state="ready"}'] == 1
     assert figures['burnish_engines{state="failed"}'] == 0
     assert figures['burnish_engine_running_requests{engine="engine-0"}'] == 0

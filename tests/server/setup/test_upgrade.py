@@ -334,7 +334,7 @@ def test_going_back_keeps_every_answer(empty_sqlite: Database) -> None:
         config.attributes["connection"] = session.connection()
         command.downgrade(config, "0001")
     after = _known_rows(empty_sqlite)
-    assert set(before) - set(after) == {"idempotent_subjects"}
+    assert set(before) - set(after) == {"control", "idempotent_subjects"}
     assert {name for name, rows in after.items() if not rows} == set()
 
 
