@@ -22,7 +22,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from feedback.db import Database
 from server import endpoints
 from server.access.scopes import check_routes
-from server.chat.request import IGNORED_HEADER
 from server.cluster.kept_lock import check_direct
 from server.endpoints.chat import Completions
 from server.endpoints.openapi import DescribedApi
@@ -31,8 +30,9 @@ from server.gateway import Gateway, build_gateway, running, sole_gateway
 from server.http.bounds import Bounds
 from server.http.encodings import Decoded, find_encoding
 from server.http.idempotency import REPLAYED_HEADER
+from server.http.replies import IGNORED_HEADER
 from server.machine import allow_open_files, collect_garbage_rarely, installed_version
-from server.middleware import CountRequests, IdentifyRequests, LimitRequests
+from server.middleware import CompleteReplies
 from server.schema import check_schema
 from server.settings import Settings
 from tuner.base_models import BaseModel, describe_base
@@ -82,9 +82,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         app.router.routes += router.routes
     check_routes(app.routes)
     # The last one added is the outermost: a refusal has the headers of every reply too.
-    app.add_middleware(LimitRequests, gateway=gateway)
-    app.add_middleware(IdentifyRequests)
-    app.add_middleware(CountRequests, figures=gateway.figures)
+    app.add_middleware(CompleteReplies, gateway=gateway)
     app.completions = Completions(gateway)
     if origins := gateway.settings.gateway.cors_origins:
         sharing: dict[str, Any] = {

@@ -9,12 +9,16 @@ is read from the gateway's state when it is asked, and the reply (`endpoints/met
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, values
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    values,
+)
 
 # Beside every figure the library would show the moment at which it began, as a series of its own.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -30,14 +34,6 @@ OTHER = "other"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _OVERHEAD_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _WHOSE = ("release", "arm")
-
-
-class Histogram(prometheus_client.Histogram):
-    """The library's, which looks for the bucket by halving instead of at one after the other."""
-
-    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
-        self._sum.inc(amount)
-        self._buckets[bisect_left(self._upper_bounds, amount)].inc(1)
 
 
 Metric = TypeVar("Metric", Counter, Histogram)

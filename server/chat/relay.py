@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Receive, Send
+from starlette.types import Receive
 
 from feedback.answers import MessagesHash
 from feedback.errors import AppError, NotReady
 from feedback.recording import StartedAnswer
-from server.access.limits import Account
 from server.chat.record import Record
 from server.chat.recorder import Recorder
 from server.chat.reply import Heard, choices_of, count_in, parse, usage_of
@@ -37,10 +35,10 @@ from server.errors import (
     EngineFault,
     IntegrityFault,
     NotLoaded,
-    describe_error,
     event_of,
     fault_of_engine,
 )
+from server.http.replies import Reply
 from server.metrics import Figures
 
 logger = logging.getLogger(__name__)
@@ -50,9 +48,6 @@ LARGEST_STREAM = 4 * LARGEST_REPLY  #: of the engine's bytes; each token is an e
 END_SECONDS = 1.0  #: that a stream has to end its body after its last event, for a kept connection
 SHUTTING_DOWN = "shutting_down"  #: the code of an error, and of an answer that it ended
 WATCH_AFTER_SECONDS = 0.1  #: a client that leaves is noticed from then on
-
-ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-"""Headers of every reply, on every route."""
 
 _STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -85,55 +80,6 @@ class Times:
     asked: float = 0.0  #: the engine that answered was asked
     first_token: float | None = None  #: of a stream
     heard: float = 0.0  #: the engine's reply had come whole
-
-
-class Reply:
-    """What goes back to the client: ASGI's messages, with the headers that every reply has."""
-
-    __slots__ = ("_account", "_figures", "_path", "_send", "headers", "status")
-
-    def __init__(self, send: Send, path: str, headers: dict[str, str], figures: Figures) -> None:
-        self._send = send
-        self._path = path
-        self._figures = figures
-        self._account: Account | None = None
-        self.headers = headers
-        self.status: int | None = None
-
-    @property
-    def begun(self) -> bool:
-        return self.status is not None
-
-    def limited_by(self, account: Account) -> None:
-        """Tell the client what is left of its limits."""
-        self._account = account
-
-    async def start(self, status: int, headers: Mapping[str, str]) -> None:
-        """Status and headers."""
-        self.status = status
-        self._figures.requests.of(self._path, str(status)).inc()
-        every = {**self.headers, **headers}
-        if self._account is not None:
-            every |= self._account.headers()
-        raw = [
-            *ALWAYS,
-            *[(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()],
-        ]
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
-
-    async def send(self, body: bytes, *, more: bool = False) -> None:
-        """A piece of the body; the last one without `more`."""
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
-
-    async def fail(self, error: Exception) -> None:
-        """The whole reply: an error."""
-        status, envelope, headers = describe_error(error)
-        body = json.dumps(envelope).encode()
-        await self.start(
-            status,
-            {**headers, "content-type": "application/json", "content-length": str(len(body))},
-        )
-        await self.send(body)
 
 
 def stopping() -> NotReady:

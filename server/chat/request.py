@@ -21,9 +21,6 @@ from server.http.bodies import WITHOUT_NUL
 Request = TypeVar("Request", bound="Sampling")
 
 
-IGNORED_HEADER = "x-burnish-ignored"
-
-
 Bounded = Annotated[float, Field(ge=-2, le=2)]
 
 

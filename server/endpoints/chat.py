@@ -33,9 +33,8 @@ from server.access.scopes import Scope
 from server.chat.directory import load_release
 from server.chat.engine_request import encode_body, engine_body, with_system_prompt
 from server.chat.recorder import NotSent
-from server.chat.relay import Exchange, Relay, Reply, stopping
+from server.chat.relay import Exchange, Relay, stopping
 from server.chat.request import (
-    IGNORED_HEADER,
     ChatRequest,
     Parsed,
     TextRequest,
@@ -50,6 +49,7 @@ from server.chat.tracing import Trace
 from server.engines.chooser import Hold
 from server.gateway import Gateway
 from server.http.bodies import parse_body, read_body, refuse_nul
+from server.http.replies import IGNORED_HEADER, Reply
 from server.http.request_ids import identify
 from tuner.tables import ReleaseState
 
@@ -105,7 +105,7 @@ class Completions:
     async def __call__(self, scope: HttpScope, receive: Receive, send: Send) -> None:
         gateway, path = self._gateway, scope["path"]
         began, number = time.perf_counter(), identify(scope)
-        reply = Reply(send, path, {"x-request-id": number}, gateway.figures)
+        reply = Reply(send, number, gateway.figures, route=path)
         admission: Admission | None = None
         trace: Trace | None = None
         hold = gateway.chooser.holding()

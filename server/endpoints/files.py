@@ -25,11 +25,11 @@ from feedback.uploads import Incoming, Quota, Upload
 from server.access import visibility
 from server.access.keyring import Caller
 from server.access.visibility import append_audit, get_file
-from server.chat.request import IGNORED_HEADER
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession
 from server.endpoints.multipart import Form, receive_form
 from server.gateway import Gateway
 from server.http.intake import READERS
+from server.http.replies import IGNORED_HEADER
 from server.settings import GatewaySettings
 from server.views.files import FileObject, view_file
 from server.views.objects import Deleted, Page, page

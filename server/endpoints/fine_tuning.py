@@ -22,12 +22,13 @@ from server.access.visibility import (
     get_job,
     sees,
 )
-from server.chat.request import IGNORED_HEADER, Metadata
+from server.chat.request import Metadata
 from server.chat.routing import unknown_model
 from server.endpoints.bodies import Body, JsonRoute, Part
 from server.endpoints.dependencies import CallerDep, GatewayDep, ReadSession, WriteSession
 from server.endpoints.fields import Name
 from server.gateway import Gateway
+from server.http.replies import IGNORED_HEADER
 from server.views.objects import Page, page
 from server.views.tuning_jobs import (
     TuningCheckpoint,

@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from server.access.scopes import ROUTES, Scope
-from server.chat.request import IGNORED_HEADER
 from server.endpoints.chat import CHAT_PATH, TEXT_PATH
 from server.http.idempotency import HEADER, REPLAYED_HEADER, takes_key
+from server.http.replies import IGNORED_HEADER
 
 Operation = dict[str, Any]
 

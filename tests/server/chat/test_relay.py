@@ -18,10 +18,11 @@ from feedback.people import find_or_create_person
 from feedback.tables import Answer, AnswerStatus, AnswerText
 from server.chat import relay
 from server.chat.recorder import Recorder
-from server.chat.relay import Exchange, Relay, Reply
+from server.chat.relay import Exchange, Relay
 from server.chat.stream import DONE
 from server.engines.base import EngineReply
 from server.engines.chooser import Chooser
+from server.http.replies import Reply
 from server.metrics import Figures
 from tests.rows import started_answer
 
@@ -131,7 +132,7 @@ async def begin(
         began=0.0,
         on_missing_person=lambda: None,
     )
-    reply = Reply(client.send, path, {}, figures)
+    reply = Reply(client.send, "1", figures, route=path)
     return asyncio.ensure_future(relay.answer(never, reply)), started.id
 
 

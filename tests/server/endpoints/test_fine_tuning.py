@@ -256,7 +256,7 @@ def test_a_script_for_openai_uploads_tunes_pauses_and_ends_in_a_candidate(
         jobs.record_events(session, job, told)
     assert client.fine_tuning.jobs.pause(made.id).status == "running"  # until its worker hears it
     with sqlite_gateway.database.write() as session:
-        assert jobs.beat(session, job) == jobs.Request.PAUSE
+        assert jobs.beat(session, job) == jobs.StopRequest.PAUSE
         deployment = get_deployment(session, "assistant")
         texts: dict[str, Any] = {"system_prompt": None, "sampling": {}}
         create_release(session, deployment, adapter=None, job_id=job.id, **texts)
