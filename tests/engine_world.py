@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
-from server.engines.chooser import Chooser, Target
+from server.engines.chooser import Chooser, Replica
 from server.engines.conductor import Conductor, Member
 from server.engines.picture import EngineView, Picture, Roles
 from server.engines.pins import Pins
@@ -183,9 +183,9 @@ class World:
         return self.view.adapters
 
     @property
-    def target(self) -> Target:
+    def replica(self) -> Replica:
         """The first engine, as requests meet it."""
-        return self.chooser.targets["engine-0"]
+        return self.chooser.replicas["engine-0"]
 
     @property
     def member(self) -> Member:
@@ -211,7 +211,7 @@ class World:
         await self.conductor.close()
 
 
-async def looked_at(engine: Target | Member) -> None:
+async def looked_at(engine: Replica | Member) -> None:
     """Return when the look that a failure there began has ended."""
     assert engine.look is not None
     async with asyncio.timeout(5):

@@ -30,7 +30,7 @@ from server.chat.reply import Heard, choices_of, count_in, parse, usage_of
 from server.chat.stream import DONE, LARGEST_EVENT, Events, Forms, names_of
 from server.chat.tracing import CLIENT_LEFT, Trace
 from server.engines.base import EngineReply, EngineUnreachable
-from server.engines.chooser import Chooser, Target
+from server.engines.chooser import Chooser, Replica
 from server.errors import (
     EngineFault,
     IntegrityFault,
@@ -214,19 +214,19 @@ class Relay:
     async def _ask(self, client: Reply) -> None:
         """Ask an engine; before the first token, once more on another one."""
         name = self._exchange.engine_name
-        target = self._chooser.choose(name)
+        replica = self._chooser.choose(name)
         for last in (False, True):
-            self._record.engine = target.id
+            self._record.engine = replica.id
             try:
-                with self._chooser.run(target, name):
-                    await self._exchange_with(target, client)
+                with self._chooser.run(replica, name):
+                    await self._exchange_with(replica, client)
                 return
             except (EngineUnreachable, NotLoaded) as error:
-                self._chooser.suspect(target, str(error))
+                self._chooser.suspect(replica, str(error))
                 fault = self._gone(error, client)
             except EngineFault as error:
                 fault = error
-            another = None if last or client.begun else self._chooser.find_another(name, target)
+            another = None if last or client.begun else self._chooser.find_another(name, replica)
             if another is None:
                 raise fault
             logger.warning(
@@ -234,12 +234,12 @@ class Relay:
                 # Not the message: an engine's own words may repeat the prompt.
                 extra={
                     "action": "answer_retried",
-                    "engine": target.id,
+                    "engine": replica.id,
                     "code": fault.code,
                     "status": fault.status,
                 },
             )
-            target = another
+            replica = another
             self._forget()
 
     def _gone(self, error: EngineUnreachable | NotLoaded, client: Reply) -> AppError:
@@ -249,13 +249,13 @@ class Relay:
             return EngineFault("the engine went away while it answered", code="engine_failed")
         return NotReady("the engine failed before it answered; try again", code="engine_failed")
 
-    async def _exchange_with(self, target: Target, client: Reply) -> None:
+    async def _exchange_with(self, replica: Replica, client: Reply) -> None:
         exchange = self._exchange
         self._times.asked = time.perf_counter()
         headers = None
         if self._trace is not None:
-            headers = self._trace.asked(target.id, target.engine.address.url)
-        async with target.engine.post(
+            headers = self._trace.asked(replica.id, replica.engine.address.url)
+        async with replica.engine.post(
             exchange.path,
             exchange.body,
             request_id=exchange.request_id,

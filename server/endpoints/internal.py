@@ -16,7 +16,7 @@ from server.chat.routing import ReleaseView
 from server.endpoints.bodies import Body, Part, WorkerRoute
 from server.endpoints.dependencies import CallerDep, GatewayDep
 from server.engines.base import Engine, EngineRefused, EngineUnreachable
-from server.engines.claims import EvaluationSlot
+from server.engines.needs import EvaluationSlot
 from server.errors import EngineFault
 from server.gateway import Gateway
 from tuner.base_models import BaseModel
@@ -86,24 +86,24 @@ async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> 
         if release is None:
             release = await asyncio.to_thread(_find, gateway, body.model)
         engine_name = release.engine_name
-    target = gateway.chooser.choose(engine_name)
+    replica = gateway.chooser.choose(engine_name)
     try:
-        with gateway.chooser.run(target, engine_name):
+        with gateway.chooser.run(replica, engine_name):
             prepared = [
-                await tokenize_item(target.engine, gateway.base, item) for item in body.items
+                await tokenize_item(replica.engine, gateway.base, item) for item in body.items
             ]
             wanted = [full for full in prepared if isinstance(full, tuple)]
             figures = (
-                await target.engine.prompt_logprobs(engine_name, [ids for _, ids in wanted])
+                await replica.engine.prompt_logprobs(engine_name, [ids for _, ids in wanted])
                 if wanted
                 else []
             )
     except EngineUnreachable as error:
-        gateway.chooser.suspect(target, str(error))
+        gateway.chooser.suspect(replica, str(error))
         raise NotReady("the engine went away; try again", code="engine_failed") from None
     except EngineRefused as error:
         if error.status == 404:  # its own words may repeat a text, and the reason is logged
-            gateway.chooser.suspect(target, f"it has forgotten {engine_name!r}")
+            gateway.chooser.suspect(replica, f"it has forgotten {engine_name!r}")
         raise EngineFault(f"the engine refused: {error.message}", code="engine_refused") from None
     scored = iter(zip(wanted, figures, strict=True))
     items: list[dict[str, Any]] = []

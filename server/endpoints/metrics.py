@@ -74,8 +74,8 @@ def collect_state(gateway: Gateway) -> Iterator[Metric]:
     adapters = GaugeMetricFamily(
         "burnish_engine_adapters", "Adapters that an engine holds.", labels=["engine"]
     )
-    for target in chooser.targets.values():
-        running.add_metric([target.id], target.busy)
+    for replica in chooser.replicas.values():
+        running.add_metric([replica.id], replica.busy)
     yield running
     for engine in known:
         adapters.add_metric([engine.id], len(engine.adapters))

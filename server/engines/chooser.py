@@ -25,7 +25,7 @@ LOOK_PAUSE_SECONDS = 0.1
 """Pause between two looks at an engine on which requests keep failing."""
 
 
-class Target:
+class Replica:
     """One engine as requests meet it: a connection, and what of theirs happens there."""
 
     __slots__ = ("busy", "engine", "id", "look", "running", "suspicions", "used_at")
@@ -43,25 +43,25 @@ class Target:
 class Run:
     """One request that runs on an engine, for the time of a `with` block."""
 
-    __slots__ = ("_name", "_now", "_target")
+    __slots__ = ("_name", "_now", "_replica")
 
-    def __init__(self, target: Target, engine_name: str, now: float) -> None:
-        self._target = target
+    def __init__(self, replica: Replica, engine_name: str, now: float) -> None:
+        self._replica = replica
         self._name = engine_name
         self._now = now
 
     def __enter__(self) -> None:
-        target, name = self._target, self._name
-        target.running[name] = target.running.get(name, 0) + 1
-        target.busy += 1
-        target.used_at[name] = self._now
+        replica, name = self._replica, self._name
+        replica.running[name] = replica.running.get(name, 0) + 1
+        replica.busy += 1
+        replica.used_at[name] = self._now
 
     def __exit__(self, *_: object) -> None:
-        target, name = self._target, self._name
-        target.busy -= 1
-        target.running[name] -= 1
-        if not target.running[name]:
-            del target.running[name]
+        replica, name = self._replica, self._name
+        replica.busy -= 1
+        replica.running[name] -= 1
+        if not replica.running[name]:
+            del replica.running[name]
 
 
 class Hold:
@@ -107,33 +107,33 @@ class Chooser:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.picture = picture
-        self.targets: dict[str, Target] = {}
+        self.replicas: dict[str, Replica] = {}
         self._connect = connect
         self._look_at = look_at
         self._monotonic = monotonic
         self._held: dict[str, int] = {}  #: what requests keep, how many of them
-        self._ready: dict[str, tuple[Target, ...]] = {}  #: by engine name, of this picture
+        self._ready: dict[str, tuple[Replica, ...]] = {}  #: by engine name, of this picture
         self._closing: set[asyncio.Task[None]] = set()
 
     def show(self, picture: Picture) -> None:
         """Go by `picture` from now on."""
         self.picture = picture
         self._ready.clear()
-        for gone in self.targets.keys() - picture.engines.keys():
-            self._dismiss(self.targets.pop(gone))
+        for gone in self.replicas.keys() - picture.engines.keys():
+            self._dismiss(self.replicas.pop(gone))
         for view in picture.engines.values():
-            target = self.targets.get(view.id)
-            if target is None or target.engine.address != view.address:
-                self.targets[view.id] = Target(self._connect(view.address))
-                if target is not None:
-                    self._dismiss(target)
+            replica = self.replicas.get(view.id)
+            if replica is None or replica.engine.address != view.address:
+                self.replicas[view.id] = Replica(self._connect(view.address))
+                if replica is not None:
+                    self._dismiss(replica)
             else:
-                for name in target.used_at.keys() - view.adapters.keys():
-                    del target.used_at[name]
+                for name in replica.used_at.keys() - view.adapters.keys():
+                    del replica.used_at[name]
 
     # The choice
 
-    def choose(self, engine_name: str) -> Target:
+    def choose(self, engine_name: str) -> Replica:
         """The least busy engine that has `engine_name` proven. Raises NotReady."""
         ready = self._ready.get(engine_name) or self._find_ready(engine_name)
         if len(ready) == 1:
@@ -142,9 +142,9 @@ class Chooser:
             raise self._not_ready()
         return min(ready, key=_burden)
 
-    def find_another(self, engine_name: str, than: Target) -> Target | None:
+    def find_another(self, engine_name: str, than: Replica) -> Replica | None:
         """An engine beside `than` that has `engine_name` proven."""
-        others = [target for target in self._find_ready(engine_name) if target is not than]
+        others = [replica for replica in self._find_ready(engine_name) if replica is not than]
         return min(others, key=_burden, default=None)
 
     def check_ready(self) -> None:
@@ -152,9 +152,9 @@ class Chooser:
         if not self.picture.ready:
             raise self._not_ready()
 
-    def _find_ready(self, engine_name: str) -> tuple[Target, ...]:
+    def _find_ready(self, engine_name: str) -> tuple[Replica, ...]:
         views = self.picture.list_ready_for(engine_name)
-        ready = tuple(self.targets[view.id] for view in views)
+        ready = tuple(self.replicas[view.id] for view in views)
         if ready:
             self._ready[engine_name] = ready
         return ready
@@ -164,9 +164,9 @@ class Chooser:
 
     # What requests do there
 
-    def run(self, target: Target, engine_name: str) -> Run:
-        """Count one request on `target`; counted down exactly once, whatever ends the block."""
-        return Run(target, engine_name, self._monotonic())
+    def run(self, replica: Replica, engine_name: str) -> Run:
+        """Count one request on `replica`; counted down exactly once, whatever ends the block."""
+        return Run(replica, engine_name, self._monotonic())
 
     def holding(self) -> Hold:
         """A hold for one request, which keeps nothing yet."""
@@ -178,60 +178,60 @@ class Chooser:
 
     def is_running(self, engine_id: str, engine_name: str) -> bool:
         """Whether a request runs on that adapter of that engine."""
-        target = self.targets.get(engine_id)
-        return target is not None and engine_name in target.running
+        replica = self.replicas.get(engine_id)
+        return replica is not None and engine_name in replica.running
 
     def last_used(self, engine_id: str, engine_name: str) -> float:
         """When a request last began there; 0: never."""
-        target = self.targets.get(engine_id)
-        return 0.0 if target is None else target.used_at.get(engine_name, 0.0)
+        replica = self.replicas.get(engine_id)
+        return 0.0 if replica is None else replica.used_at.get(engine_name, 0.0)
 
     # Requests that fail
 
-    def suspect(self, target: Target, reason: str) -> None:
-        """A request failed on `target`: have the engine looked at, aside.
+    def suspect(self, replica: Replica, reason: str) -> None:
+        """A request failed on `replica`: have the engine looked at, aside.
 
         The failure is the request's. The engine keeps its traffic and its proofs unless the look
         shows that it is not well, is another process, or has forgotten adapters.
         """
-        if self.targets.get(target.id) is not target:
+        if self.replicas.get(replica.id) is not replica:
             return
-        if not target.suspicions:
+        if not replica.suspicions:
             logger.info(
                 "Engine suspected",
-                extra={"action": "engine_suspected", "engine": target.id, "reason": reason},
+                extra={"action": "engine_suspected", "engine": replica.id, "reason": reason},
             )
-        target.suspicions += 1
-        if target.look is None or target.look.done():
-            target.look = asyncio.create_task(self._have_looked_at(target))
+        replica.suspicions += 1
+        if replica.look is None or replica.look.done():
+            replica.look = asyncio.create_task(self._have_looked_at(replica))
 
-    async def _have_looked_at(self, target: Target) -> None:
+    async def _have_looked_at(self, replica: Replica) -> None:
         while True:
-            suspicions = target.suspicions
-            await self._look_at(target.id)
-            if target.suspicions == suspicions:  # none came while it was looked at
-                target.suspicions = 0
+            suspicions = replica.suspicions
+            await self._look_at(replica.id)
+            if replica.suspicions == suspicions:  # none came while it was looked at
+                replica.suspicions = 0
                 return
             await asyncio.sleep(LOOK_PAUSE_SECONDS)
 
-    def _dismiss(self, target: Target) -> None:
-        closing = asyncio.create_task(_close(target))
+    def _dismiss(self, replica: Replica) -> None:
+        closing = asyncio.create_task(_close(replica))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """End all connections to engines."""
-        await asyncio.gather(*self._closing, *map(_close, self.targets.values()))
+        await asyncio.gather(*self._closing, *map(_close, self.replicas.values()))
 
 
-def _burden(target: Target) -> tuple[bool, int]:
+def _burden(replica: Replica) -> tuple[bool, int]:
     # One on which a request has just failed comes last until it was looked at: what fails at once
     # is never busy.
-    return target.suspicions > 0, target.busy
+    return replica.suspicions > 0, replica.busy
 
 
-async def _close(target: Target) -> None:
-    if target.look is not None:
-        target.look.cancel()
-        await asyncio.gather(target.look, return_exceptions=True)
-    await target.engine.close()
+async def _close(replica: Replica) -> None:
+    if replica.look is not None:
+        replica.look.cancel()
+        await asyncio.gather(replica.look, return_exceptions=True)
+    await replica.engine.close()

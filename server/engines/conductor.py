@@ -20,8 +20,8 @@ from typing import Any
 
 from feedback.errors import NotReady
 from server.engines.base import Engine, EngineAddress, EngineError, EngineUnreachable
-from server.engines.claims import Claims, EvaluationSlot
 from server.engines.loading import Loader, Mirror, Unfit
+from server.engines.needs import EvaluationSlot, Needs
 from server.engines.picture import EngineStatus, EngineView, Picture, Roles, Traffic, Weights
 from server.engines.proof import Proof
 from server.engines.reasons import in_public
@@ -80,14 +80,14 @@ class Conductor:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.members: dict[str, Member] = {}
-        self.claims = Claims(monotonic)
+        self.needs = Needs(monotonic)
         self.loader = Loader(
             base_name=picture.base_name,
             capacity=picture.capacity,
             traits=picture.traits,
             reference=reference,
             path=path,
-            claims=self.claims,
+            needs=self.needs,
             traffic=traffic,
             changed=self._publish,
             monotonic=monotonic,
@@ -103,15 +103,15 @@ class Conductor:
 
     def assign(self, roles: Roles) -> None:
         """Deployments point at these releases from now on."""
-        if roles != self.claims.roles:
-            self.claims.roles = roles
+        if roles != self.needs.roles:
+            self.needs.roles = roles
             self._publish()
 
     @contextmanager
     def keep(self, release: Weights) -> Iterator[None]:
         """Nothing unloads `release` during the block: it is on its way to a role."""
         try:
-            with self.claims.keep(release):
+            with self.needs.keep(release):
                 self._publish()
                 yield
         finally:
@@ -163,22 +163,22 @@ class Conductor:
         Unfit when an engine does not answer with it.
         """
         # However long the load takes, nothing else gets the slot; then the time begins.
-        self.claims.take_slot(release, token)
+        self.needs.take_slot(release, token)
         self._publish()
         try:
             await self.prepare(release, tolerate_noise=True)
         except BaseException:
             self.give_evaluation_slot_back(token)
             raise
-        return self.claims.renew_slot(token, seconds)
+        return self.needs.renew_slot(token, seconds)
 
     def renew_evaluation_slot(self, token: str, seconds: float) -> EvaluationSlot:
         """Keep the slot for another `seconds`. Raises Conflict when it was lost."""
-        return self.claims.renew_slot(token, seconds)
+        return self.needs.renew_slot(token, seconds)
 
     def give_evaluation_slot_back(self, token: str) -> None:
         """The evaluation has ended; unknown ones have ended already."""
-        self.claims.give_slot_back(token)
+        self.needs.give_slot_back(token)
         self._publish()
 
     # Following the engines
@@ -312,11 +312,11 @@ class Conductor:
             self._publish(member.id)
 
     def _has_wanted(self, member: Member) -> bool:
-        return all(self.loader.has(member.mirror, r) for r in self.claims.roles.wanted)
+        return all(self.loader.has(member.mirror, r) for r in self.needs.roles.wanted)
 
     async def _restore(self, member: Member) -> None:
         """Load and prove the releases of roles; one that fails is tried again after a while."""
-        roles = self.claims.roles
+        roles = self.needs.roles
         releases = {release.name: release for release in (*roles.required, *roles.wanted)}
         for release in releases.values():
             if member.retry_at.get(release.name, 0.0) > self._monotonic():
@@ -375,9 +375,9 @@ class Conductor:
             self._picture,
             capacity=self.loader.capacity,
             traits=dict(self.loader.traits),
-            roles=self.claims.roles,
-            moving=self.claims.moving(),
-            under_evaluation=self.claims.under_evaluation(),
+            roles=self.needs.roles,
+            moving=self.needs.moving(),
+            under_evaluation=self.needs.under_evaluation(),
             engines=engines,
         )
         if picture != self._picture:

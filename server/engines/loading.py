@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from feedback.errors import Conflict, NotReady
 from server.engines.base import Engine, EngineError, EngineRefused
-from server.engines.claims import Claims
+from server.engines.needs import Needs
 from server.engines.picture import Traffic, Weights, is_fit
 from server.engines.proof import Outcome, Proof, judge
 
@@ -85,7 +85,7 @@ class Loader:
         traits: Mapping[str, Any],
         reference: Callable[[str], Mapping[str, Any]],
         path: Callable[[str], str],
-        claims: Claims,
+        needs: Needs,
         traffic: Traffic,
         changed: Callable[[str], None],
         monotonic: Callable[[], float] = time.monotonic,
@@ -95,7 +95,7 @@ class Loader:
         self.traits = dict(traits)
         self._reference = reference
         self._path = path
-        self._claims = claims
+        self._needs = needs
         self._traffic = traffic
         self._changed = changed
         self._monotonic = monotonic
@@ -134,7 +134,7 @@ class Loader:
             if is_fit(release, proof, self.traits, tolerate_noise=tolerate_noise):
                 return proof
             # Under evaluation the engine keeps what others may not be answered with.
-            if proof.outcome is not Outcome.UNPROVEN or name not in self._claims.under_evaluation():
+            if proof.outcome is not Outcome.UNPROVEN or name not in self._needs.under_evaluation():
                 await self._unload(mirror, name)
             raise Unfit(f"{release.name}: {proof.message()}", code=proof.outcome.value, proof=proof)
 
@@ -251,7 +251,7 @@ class Loader:
         )
 
     def _list_protected(self) -> set[str]:
-        return self._claims.all() | self._traffic.held()
+        return self._needs.all() | self._traffic.held()
 
     def _list_evictable(self, mirror: Mirror) -> list[str]:
         """Adapters that may go, least recently used first."""

@@ -120,7 +120,7 @@ class Picture:
             for proof in proofs
         )
 
-    def claimed(self) -> set[str]:
+    def in_roles(self) -> set[str]:
         """Engine names of what has a role, or is on its way to one."""
         return {release.engine_name for release in self.roles.wanted} | self.moving
 

@@ -58,10 +58,10 @@ class Pins:
     def _check_room(self, release: Weights) -> None:
         """The evaluation slot is no pin's, and no pin takes the place of what has a role."""
         picture = self._chooser.picture
-        claimed, name = picture.claimed(), release.engine_name
-        if release.adapter_id is None or name in claimed | picture.under_evaluation:
+        in_roles, name = picture.in_roles(), release.engine_name
+        if release.adapter_id is None or name in in_roles | picture.under_evaluation:
             return
-        in_use = (claimed | self._chooser.held() | {name}) - {picture.base_name}
+        in_use = (in_roles | self._chooser.held() | {name}) - {picture.base_name}
         slots = picture.smallest_slots()
         if len(in_use) > slots - 1:
             raise NotReady(

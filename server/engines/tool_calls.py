@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engines.base import EngineError
-from server.engines.chooser import Chooser, Target
+from server.engines.chooser import Chooser, Replica
 from server.engines.picture import EngineView
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ RETRY_SECONDS = 15.0  #: pause before an engine that did not tell is asked again
 class _Known:
     """What one engine process has said."""
 
-    target: Target
+    replica: Replica
     boot_id: str | None
     parses: bool | None = None  #: None: not known yet
     asked: asyncio.Task[None] | None = None  #: the question, which all who wait share
@@ -48,9 +48,9 @@ class ToolCalls:
         return False if False in found else None if None in found or not found else True
 
     async def _parses(self, engine: EngineView) -> bool | None:
-        target, known = self._chooser.targets[engine.id], self._known.get(engine.id)
-        if known is None or known.target is not target or known.boot_id != engine.boot_id:
-            known = self._known[engine.id] = _Known(target, engine.boot_id)
+        replica, known = self._chooser.replicas[engine.id], self._known.get(engine.id)
+        if known is None or known.replica is not replica or known.boot_id != engine.boot_id:
+            known = self._known[engine.id] = _Known(replica, engine.boot_id)
         if known.parses is None and known.retry_at <= self._monotonic():
             if known.asked is None or known.asked.done():
                 known.asked = asyncio.create_task(self._ask(known))
@@ -60,7 +60,7 @@ class ToolCalls:
     async def _ask(self, known: _Known) -> None:
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                known.parses = await known.target.engine.parses_tools(
+                known.parses = await known.replica.engine.parses_tools(
                     self._chooser.picture.base_name
                 )
         except (EngineError, TimeoutError) as error:
@@ -68,14 +68,14 @@ class ToolCalls:
                 "Engine does not tell whether it calls tools",
                 extra={
                     "action": "tools_unknown",
-                    "engine": known.target.id,
+                    "engine": known.replica.id,
                     "reason": str(error) or type(error).__name__,
                 },
             )
         known.retry_at = self._monotonic() + RETRY_SECONDS
 
     def _drop_gone(self) -> None:
-        for gone in self._known.keys() - self._chooser.targets.keys():
+        for gone in self._known.keys() - self._chooser.replicas.keys():
             del self._known[gone]
 
     async def close(self) -> None:

@@ -62,5 +62,5 @@ def test_after_many_who_went_no_request_counts_as_running(
         assert time.monotonic() < deadline
         # The row is written by the gateway's own thread; the database has no event.
         time.sleep(0.02)
-    assert all(not t.running for t in sqlite_gateway.gateway.chooser.targets.values())
+    assert all(not t.running for t in sqlite_gateway.gateway.chooser.replicas.values())
     figures(clients=clients, slowest_stop_seconds=round(slowest, 2), left_running=0)

@@ -44,7 +44,7 @@ class OneEngine:
         self._ends = ends
         self.is_silent = asyncio.Event()
 
-    def suspect(self, _target: Any, _reason: str) -> None:
+    def suspect(self, _replica: Any, _reason: str) -> None:
         pass
 
     def find_another(self, _engine_name: str, _than: Any) -> None:
@@ -54,7 +54,7 @@ class OneEngine:
         return SimpleNamespace(id="engine-0", engine=self)
 
     @contextmanager
-    def run(self, _target: Any, _engine_name: str) -> Iterator[None]:
+    def run(self, _replica: Any, _engine_name: str) -> Iterator[None]:
         yield
 
     @asynccontextmanager

@@ -148,14 +148,14 @@ def test_the_engine_gets_the_trace_of_the_span_that_asks_it(
     traced: RunningGateway, gateway_engine: FakeEngine, exporter: InMemorySpanExporter
 ) -> None:
     seen: list[dict[str, str]] = []
-    target = next(iter(traced.gateway.chooser.targets.values()))
-    post = target.engine.post
+    replica = next(iter(traced.gateway.chooser.replicas.values()))
+    post = replica.engine.post
 
     def watch(path: str, body: bytes, **options: Any) -> Any:
         seen.append(dict(options["headers"]))
         return post(path, body, **options)
 
-    target.engine.post = watch  # type: ignore[method-assign] - its arguments are what is asked
+    replica.engine.post = watch  # type: ignore[method-assign] - its arguments are what is asked
     headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01", "baggage": "user=anna"}
     traced.client().post("/v1/completions", json={"model": "assistant", "prompt": "Hi"},
                          headers=headers)  # fmt: skip

@@ -573,7 +573,7 @@ def test_a_client_that_goes_away_stops_the_generation_within_a_second(
     if stream:
         assert choices is not None
         assert choices[0]["message"]["content"].startswith(BASE)
-    assert all(not t.running for t in sqlite_gateway.gateway.chooser.targets.values())
+    assert all(not t.running for t in sqlite_gateway.gateway.chooser.replicas.values())
 
 
 # The record

@@ -60,7 +60,7 @@ async def test_a_running_answer_s_adapter_is_not_unloaded_until_it_ends() -> Non
     world = World()
     await world.conductor.reconcile()
     await world.conductor.prepare(Weights(1))
-    with world.chooser.run(world.target, Weights(1).engine_name):
+    with world.chooser.run(world.replica, Weights(1).engine_name):
         await world.conductor.trim()
         assert Weights(1).engine_name in world.engines[0].slots.served
     await world.conductor.trim()

@@ -26,7 +26,7 @@ class EvaluationSlot:
     expires_at: float  #: of the conductor's monotonic clock
 
 
-class Claims:
+class Needs:
     """What must not be unloaded whatever requests do."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -37,7 +37,7 @@ class Claims:
 
     @contextmanager
     def keep(self, release: Weights) -> Iterator[None]:
-        """Claim `release` for the time of the block: it is on its way to a role."""
+        """Need `release` for the time of the block: it is on its way to a role."""
         name = release.engine_name
         self._moving[name] = self._moving.get(name, 0) + 1
         try:
@@ -57,7 +57,7 @@ class Claims:
         return frozenset(slot.release.engine_name for slot in self._slots.values())
 
     def all(self) -> set[str]:
-        """Engine names of everything that is claimed."""
+        """Engine names of everything that is needed."""
         wanted = {release.engine_name for release in self.roles.wanted}
         return wanted | self._moving.keys() | self.under_evaluation()
 
