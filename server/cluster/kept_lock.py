@@ -29,6 +29,7 @@ KEEPALIVE = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count":
 """In seconds and probes: else a read waits for hours on a server whose machine is gone."""
 
 _TAKE = text("SELECT pg_try_advisory_lock(:namespace, :key)")
+_STILL = text("SELECT true")
 _PROCESS = text("SELECT pg_backend_pid()")
 _SET = text(
     "SELECT set_config(name, :milliseconds, false) FROM pg_settings WHERE name = :name"
@@ -65,28 +66,39 @@ class KeptLock:
         return self._connection
 
     def take(self) -> bool:
-        """Take the lock unless somebody holds it already; whether it was taken just now."""
-        connection = self._connect()
-        if self.holds:
-            return False
+        """Take the lock unless somebody holds it already; whether it was taken just now.
+
+        One statement, and a few more where the connection is new, because the old one broke.
+        """
+        before = self._connection
+        if before is not None and (before.invalidated or before.in_transaction()):
+            self.close()  # used again it would connect by itself, or go on in what broke off
+        had, is_new = self.holds, self._connection is None
+        try:
+            self.holds = self._ask()
+        except DBAPIError:
+            self.close()
+            if is_new:
+                raise
+            return self.take()
+        return self.holds and not had
+
+    def _ask(self) -> bool:
+        """Whether the lock is held now: it is as long as its connection answers."""
+        connection = self._connection or self._connect()
         with connection.begin():
-            self.holds = connection.scalar(_TAKE, self._name) is True
-        return self.holds
+            return connection.scalar(_STILL if self.holds else _TAKE, self._name) is True
 
     def _connect(self) -> Connection:
-        """The connection; a new one, without the lock, where the old one broke."""
-        if self._connection is not None and not _is_connected(self._connection):
-            self.close()
-        if self._connection is None:
-            self._connection = self._engine.connect()
-            try:
-                with self._connection.begin():
-                    for name, seconds in self._limits.items():
-                        limit = {"name": name, "milliseconds": str(int(seconds * 1000))}
-                        self._connection.execute(_SET, limit)
-            except BaseException:
-                self.close()
-                raise
+        self._connection = self._engine.connect()
+        try:
+            with self._connection.begin():
+                for name, seconds in self._limits.items():
+                    limit = {"name": name, "milliseconds": str(int(seconds * 1000))}
+                    self._connection.execute(_SET, limit)
+        except BaseException:
+            self.close()  # none is used without its limits
+            raise
         return self._connection
 
     def close(self) -> None:
@@ -109,19 +121,6 @@ def _create_engine(url: URL, answer_seconds: float = CONNECT_SECONDS) -> Engine:
             **KEEPALIVE,
         },
     )
-
-
-def _is_connected(connection: Connection) -> bool:
-    if connection.invalidated:
-        return False  # used again it would connect by itself, and not hold the lock
-    if connection.in_transaction():
-        return False  # it broke in the middle of one
-    try:
-        with connection.begin():
-            connection.exec_driver_sql("SELECT 1")
-    except DBAPIError:
-        return False
-    return True
 
 
 def check_direct(database: Database, engine: Engine | None = None) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from feedback.db import Database, DatabaseUnfit, show_url
+from server.cluster.kept_lock import check_direct
 from server.data_folder import find_existing, find_obstacle
 from server.machine import GIB, installed_version, list_gpus, read_machine
 from server.processes.engine import (
@@ -208,10 +209,11 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield _ok("database", f"{shown}, not made yet (`burnish serve` makes it)")
         return
     try:
-        with _open_database(settings.database_url) as database, database.read() as session:
+        with _open_database(settings) as database, database.read() as session:
             if is_sqlite:
                 yield _ok("sqlite", str(session.scalar(text("SELECT sqlite_version()"))))
             revision = check_schema(database)
+            check_direct(database)
     except (SQLAlchemyError, DatabaseUnfit, ImportError, OSError) as error:
         yield Finding(
             "database",
@@ -224,9 +226,9 @@ def _database(settings: Settings) -> Iterator[Finding]:
 
 
 @contextmanager
-def _open_database(url: str) -> Iterator[Database]:
+def _open_database(settings: Settings) -> Iterator[Database]:
     """A database whose connections are closed at the end of the block."""
-    database = Database(url)
+    database = Database(settings.database_url, direct_url=settings.database.direct_url)
     try:
         yield database
     finally:
