@@ -35,29 +35,30 @@ def engine_body(
     It has the forwarded fields; the release's sampling fills in what the caller did not set. Usage
     is always asked for, for the record; `relay.py` takes it out where the caller did not.
     """
-    given = {name for name, value in parsed.given.items() if value is not None}
+    given = {name: value for name, value in parsed.given.items() if value is not None}
     body = {name: value for name, value in sampling.items() if name not in given}
-    if given & {"max_completion_tokens", "max_tokens"}:
+    if "max_completion_tokens" in given or "max_tokens" in given:
         body.pop("max_tokens", None)
         body.pop("max_completion_tokens", None)
-    ignored = set(parsed.ignored)
-    for name, value in parsed.given.items():
-        if name not in NOT_FORWARDED and name not in ignored and value is not None:
+    ignored = parsed.ignored
+    for name, value in given.items():
+        if name not in NOT_FORWARDED and name not in ignored:
             body[name] = value
-    if not body.get("tools"):
-        body.pop("tools", None)  # some templates write that there are tools where the list is empty
+    if "tools" in body and not body["tools"]:
+        del body["tools"]  # some templates write that there are tools where the list is empty
     body["model"] = engine_name
-    if "messages" in parsed.given and "messages" not in ignored:
-        if any(isinstance(m.get("content"), list) or "reasoning_content" in m for m in messages):
-            messages = as_sent(messages)
+    if "messages" in given and "messages" not in ignored:
+        for message in messages:
+            if isinstance(message.get("content"), list) or "reasoning_content" in message:
+                messages = as_sent(messages)
+                break
         body["messages"] = [
             {k: v for k, v in message.items() if k != OURS} if OURS in message else message
             for message in messages
         ]
-        kwargs = parsed.given.get("chat_template_kwargs") or {}
         kwargs = {
             k: v
-            for k, v in kwargs.items()
+            for k, v in (given.get("chat_template_kwargs") or {}).items()
             if k in template_kwargs and isinstance(v, bool | int | str)
         }
         if kwargs:

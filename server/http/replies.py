@@ -56,13 +56,11 @@ class Reply:
         """Status and headers as ASGI has them; one that is given stands as it is."""
         self.status = status
         self._figures.requests.of(self.route, str(status)).inc()
-        raw = [*given, *_raw(self.headers)]
+        raw = [(HEADER, self._request_id.encode("ascii")), *_raw(self.headers), *given]
         if self._account is not None:
             raw += _raw(self._account.headers())
-        names = {name for name, _ in raw}
+        names = [name for name, _ in raw]
         raw += [pair for pair in _ALWAYS if pair[0] not in names]
-        if HEADER not in names:
-            raw.append((HEADER, self._request_id.encode("ascii")))
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def send(self, body: bytes, *, more: bool = False) -> None:
