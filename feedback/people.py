@@ -1,7 +1,7 @@
 """People, and on whose behalf a request looks at the record.
 
 Owns: rows of `people`, and `Viewer`, the rule of who sees which answers. Does not own keys
-(`server/access/keys.py`).
+(`server/access/keyring.py`).
 """
 
 from __future__ import annotations

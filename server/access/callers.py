@@ -39,11 +39,19 @@ class Callers:
         self._count = 0
 
     def authenticate(self, scope: HttpScope) -> KeyView:
-        """The key of a request, found once and kept in its `scope`. Raises NotAuthenticated."""
-        found: KeyView | None = scope.get(_KEY)
-        if found is None:
-            shown = next((v for name, v in scope["headers"] if name == _AUTHORIZATION), b"")
-            found = scope[_KEY] = self._keyring().authenticate(shown.decode("latin-1"))
+        """The key of a request. Raises NotAuthenticated.
+
+        It is kept in the request's `scope` as long as the keys in force are the same: a body may
+        take minutes, and what is revoked meanwhile counts. Tokens expire at any moment.
+        """
+        keyring = self._keyring()
+        kept: tuple[Keyring, KeyView] | None = scope.get(_KEY)
+        if kept is not None and kept[0] is keyring:
+            return kept[1]
+        shown = next((v for name, v in scope["headers"] if name == _AUTHORIZATION), b"")
+        found = keyring.authenticate(shown.decode("latin-1"))
+        if found.grant is None:
+            scope[_KEY] = keyring, found
         return found
 
     def authorize(self, scope: HttpScope, method: str, path: str) -> KeyView:

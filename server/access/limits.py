@@ -2,7 +2,7 @@
 
 Owns: the buckets, their words and headers (OpenAI's names and formats). Each gateway counts for
 itself, in memory: what was counted is gone after a restart. Does not own: when they are applied
-(`middleware.py`), which key a request has (`keys.py`), how many tokens an answer took
+(`middleware.py`), which key a request has (`callers.py`), how many tokens an answer took
 (`chat/relay.py`).
 """
 

@@ -3,7 +3,7 @@
 Owns: what a token says, how it is signed and read. A token is valid on every gateway that has the
 same secret until it expires by the wall clock (UTC), its key is revoked, or there is a new secret.
 It is stored nowhere. Does not own: the secret (`signing.py`), what may be done with a token
-(`keys.py`).
+(`scopes.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns: the rule that everything of a deployment outside a key's list is as unknown as what does not
 exist, and the audit entries of routes. Does not own: whose answers somebody sees
-(`feedback/people.py`), scopes (`keys.py`).
+(`feedback/people.py`), scopes (`scopes.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads from the database what the gateway answers from memory: deployments, releases, keys.
 
 Owns: loading, and the object that holds the newest snapshot. Does not own: the rules (`routing.py`,
-`access/keys.py`).
+`access/keyring.py`).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def engine_body(
     if "max_completion_tokens" in given or "max_tokens" in given:
         body.pop("max_tokens", None)
         body.pop("max_completion_tokens", None)
-    ignored = parsed.ignored
+    ignored = frozenset(parsed.ignored)
     for name, value in given.items():
         if name not in NOT_FORWARDED and name not in ignored:
             body[name] = value

@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions` and `POST /v1/completions`.
 
-The hot path: parsed once, checked and routed from memory, recorded as started, handed to the proxy.
+The hot path: parsed once, checked and routed from memory, handed to the relay (`chat/relay.py`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Owns: uvicorn's HTTP protocol with these bounds, its refusals in our envelope, and that an offer to
 change the protocol, which is never taken, costs nothing. uvicorn's own has no bounds: a head, whole
 or not, would fill the memory, and a client that sends or reads nothing more would stay for ever.
-All of it holds before any key is known. Does not own: the size of bodies (`endpoints/bodies.py`).
+All of it holds before any key is known. Does not own: the size of bodies (`bodies.py`).
 
 One timer looks at all connections, so a request sets no timer of its own.
 """
@@ -11,6 +11,7 @@ One timer looks at all connections, so a request sets no timer of its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -156,32 +157,37 @@ class _HeadFirst:
 
     uvicorn writes the two apart, and each write wakes the client and whoever reads for it: a tenth
     of what a short answer costs. A head that nothing follows in the same turn of the event loop
-    leaves by itself.
+    leaves by itself. Everything but writing is the transport's own.
     """
 
-    __slots__ = ("_begun", "_head", "_loop", "_transport")
+    __slots__ = ("_head", "_holds", "_loop", "_transport")
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
-        self._begun = False
+        self._holds = True  #: what is written first waits
         self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
         if self._head:
             head, self._head = self._head, b""
             self._transport.writelines((head, data))
-        elif self._begun:
-            self._transport.write(data)
-        else:
-            self._begun = True
+        elif self._holds:
+            self._holds = False
             self._head = data
             self._loop.call_soon(self.flush)
+        else:
+            self._transport.write(data)
 
     def flush(self) -> None:
+        """Let a head go by itself; a client that has gone meanwhile gets none."""
         head, self._head = self._head, b""
         if head:
-            self._transport.write(head)
+            with contextlib.suppress(RuntimeError):  # uvloop's, of a transport that has closed
+                self._transport.write(head)
 
     def close(self) -> None:
         self.flush()
@@ -294,8 +300,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._enter(_Phase.BODY)
         self._body_bytes = 0
         super().on_headers_complete()
-        # Its task begins later. It asks no more of a transport than this one has.
-        self.cycle.transport = cast(asyncio.Transport, _HeadFirst(self.transport, self.loop))
+        if self.scope["method"] != "HEAD" and not self.expect_100_continue:  # nothing would follow
+            joined = _HeadFirst(self.transport, self.loop)
+            self.cycle.transport = cast(asyncio.Transport, joined)  # its task begins later
 
     def on_body(self, body: bytes) -> None:
         self._untold_bytes = self._piece_bytes = 0

@@ -53,14 +53,15 @@ class Reply:
         await self.pass_start(status, _raw(headers))
 
     async def pass_start(self, status: int, given: Iterable[tuple[bytes, bytes]]) -> None:
-        """Status and headers as ASGI has them; one that is given stands as it is."""
+        """Status and headers as ASGI has them; of those that every reply has, given ones stand."""
         self.status = status
         self._figures.requests.of(self.route, str(status)).inc()
-        raw = [(HEADER, self._request_id.encode("ascii")), *_raw(self.headers), *given]
+        raw = [*_raw(self.headers), *given]
         if self._account is not None:
             raw += _raw(self._account.headers())
         names = [name for name, _ in raw]
-        raw += [pair for pair in _ALWAYS if pair[0] not in names]
+        every = (*_ALWAYS, (HEADER, self._request_id.encode("ascii")))
+        raw += [pair for pair in every if pair[0] not in names]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def send(self, body: bytes, *, more: bool = False) -> None:

@@ -48,8 +48,19 @@ CONTENTS = {
 }
 """Refused by every route that takes a body."""
 
+MANY_UNKNOWN = b"".join(b', "u%d": 1' % n for n in range(19_900))
+"""Fields that a chat or a completion takes and ignores, as many as a body may have."""
+
 CORPUS: list[Hostile] = [
-    request(f"{name}, {path}", path, content)
-    for name, content in CONTENTS.items()
-    for path in (CHAT, TEXT, "/v1/feedback")
+    *(
+        request(f"{name}, {path}", path, content)
+        for name, content in CONTENTS.items()
+        for path in (CHAT, TEXT, "/v1/feedback")
+    ),
+    request("19 900 unknown fields", CHAT, chat(b"1" + MANY_UNKNOWN)),
+    request(
+        "19 900 unknown fields of a text",
+        TEXT,
+        b'{"model": "assistant", "prompt": "hi"' + MANY_UNKNOWN + b"}",
+    ),
 ]

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from feedback.errors import Forbidden, NotAuthenticated
-from server.access.keyring import hash_key
+from server.access.callers import Callers
+from server.access.keyring import Keyring, hash_key
 from tests.gateway_fixtures import RunningGateway
 
 
@@ -41,6 +42,18 @@ def test_a_request_is_authenticated_once(
     assert callers.authorize(scope, "POST", "/v1/chat/completions") is key
     with pytest.raises(Forbidden, match="needs 'admin'"):
         callers.authorize(scope, "GET", "/admin/keys")
+
+
+def test_a_key_that_is_revoked_while_a_body_arrives_is_out_of_force(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    in_force = [sqlite_gateway.gateway.directory.keyring]
+    callers = Callers(sqlite_gateway.database, lambda: in_force[-1], [])
+    scope = asked_with(f"Bearer {sqlite_gateway.admin_key}")
+    callers.authenticate(scope)
+    in_force.append(Keyring({}))
+    with pytest.raises(NotAuthenticated, match="revoked"):
+        callers.authorize(scope, "POST", "/v1/chat/completions")
 
 
 @pytest.mark.parametrize("shown", [None, "", "Bearer ", "Basic abc", "Bearer nobody's"])

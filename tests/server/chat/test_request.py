@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,19 @@ def sent(parsed: Parsed, sampling: dict[str, Any] | None = None) -> dict[str, An
         sampling=sampling or {},
         template_kwargs=KWARGS,
     )
+
+
+class Listed(tuple[str, ...]):
+    """Names that nobody may look through for each field: there may be 20,000 of both."""
+
+    def __contains__(self, name: object) -> bool:
+        raise AssertionError(f"looked through for {name!r}")
+
+
+def test_ignored_fields_are_not_looked_through_for_each_field() -> None:
+    request = parse(unknown=1)
+    assert request.ignored == ("unknown",)
+    assert "unknown" not in sent(replace(request, ignored=Listed(request.ignored)))
 
 
 @pytest.mark.parametrize(

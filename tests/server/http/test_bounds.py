@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 
 from feedback.db import Database
 from feedback.tables import Answer, AnswerStatus
-from server.http.bounds import MOST_HEAD_BYTES, BoundedHttpProtocol, Bounds
+from server.http.bounds import MOST_HEAD_BYTES, BoundedHttpProtocol, Bounds, _HeadFirst
 from server.metrics import Figures
 from server.settings import GatewaySettings
 from tests.fake_engine import FakeEngine, Faults
@@ -140,6 +140,21 @@ def read_all(connection: socket.socket) -> bytes:
 
 def statuses(received: bytes) -> list[int]:
     return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
+
+
+def test_a_client_that_waits_to_be_asked_for_its_body_is_asked(
+    sqlite_gateway: RunningGateway,
+) -> None:
+    body = json.dumps({"id": "key_0", "user": "anna", "scopes": ["chat"]}).encode()
+    head = post(
+        sqlite_gateway.admin_key, more=b"expect: 100-continue\r\n", body=b"", length=len(body)
+    )
+    for path, expected in ((b"/v1/chat/completions", 400), (b"/admin/keys", 400)):
+        with connected(sqlite_gateway) as connection:
+            connection.sendall(head.replace(b"/v1/chat/completions", path))
+            assert statuses(connection.recv(65536)) == [100]
+            connection.sendall(body)
+            assert statuses(connection.recv(65536)) == [expected], path
 
 
 @pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
@@ -546,3 +561,15 @@ async def test_the_head_of_a_reply_without_a_body_leaves_before_the_next_reply()
     first, second = transport_of(connection).writes
     assert b"hello" not in first
     assert second.endswith(b"hello")
+
+
+@pytest.mark.anyio
+async def test_a_head_whose_client_has_gone_is_dropped_without_a_word() -> None:
+    class Closed(Unread):
+        def write(self, data: Any) -> None:
+            raise RuntimeError("the handler is closed")
+
+    held = _HeadFirst(Closed(), asyncio.get_running_loop())
+    held.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    held.flush()
+    assert held.is_closing() is False  # all else is the transport's own
