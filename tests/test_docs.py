@@ -28,7 +28,7 @@ from server.chat.request import REFUSED, ChatRequest, TextRequest
 from server.cli import app
 from server.settings import Settings
 from tests.gateway_fixtures import RunningGateway
-from tuner.methods import HYPERPARAMETERS, IMPLEMENTED, METHODS, Method, default_of
+from tuner.methods import HYPERPARAMETERS, METHODS, Choice, Method, default_of
 from tuner.training.rendering import WHAT_TO_DO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,20 +151,39 @@ def test_every_hyperparameter_is_documented_with_its_range_and_default() -> None
     text = section("administration.md", "### Hyperparameters").partition("| Route")[0]
     documented = {names_in(row[0])[0]: row[1:3] for row in rows(text)}
     assert {name: span for name, (span, _) in documented.items()} == {
-        name: f"{known.minimum:g} to {known.maximum:g}" for name, known in HYPERPARAMETERS.items()
+        name: " or ".join(f"`{choice}`" for choice in known.choices)
+        if isinstance(known, Choice)
+        else f"{known.minimum:g} to {known.maximum:g}"
+        for name, known in HYPERPARAMETERS.items()
     }
     for name, (_, default) in documented.items():
         first, *others = default.split("; ")  # as in: 3; DPO 2
         said = {Method(other.split()[0].lower()): other.split()[1] for other in others}
-        for method in IMPLEMENTED:
-            assert float(said.get(method, first)) == default_of(name, method), (name, method)
+        for method in HYPERPARAMETERS[name].methods:
+            expected = default_of(name, method)
+            shown = said.get(method, first)
+            found = shown.strip("`") if isinstance(expected, str) else float(shown)
+            assert found == expected, (name, method)
+
+
+def test_every_method_is_documented_with_the_kinds_it_reads_and_its_defaults() -> None:
+    text = section("administration.md", "## Tuning").partition("### ")[0]
+    documented = {names_in(row[0])[0]: row[1:] for row in rows(text)}
+    assert set(documented) == set(Method)
+    for name, (reads, needs, rate, epochs, _) in documented.items():
+        facts = METHODS[Method(name)]
+        assert set(reads.split(", ")) == set(facts.reads)
+        assert set(needs.split(" or ")) == set(facts.needs)
+        assert (float(rate), int(epochs)) == (
+            facts.defaults["learning_rate"], facts.defaults["epochs"],
+        )  # fmt: skip
 
 
 def test_every_kind_of_example_is_documented_with_the_methods_that_read_it() -> None:
     text = section("api.md", "## Feedback")
     documented = {row[0]: set(names_in(row[1])) for row in rows(text) if row[0] in set(ExampleKind)}
     assert documented == {
-        str(kind): {str(method) for method in IMPLEMENTED if kind in METHODS[method].reads}
+        str(kind): {str(method) for method in Method if kind in METHODS[method].reads}
         for kind in ExampleKind
     }
 

@@ -4,16 +4,18 @@ Owns: the one table that the API, the command line, the worker and the trainer r
 torch nor a database. Does not own the refusals made from it (`tuning.py`), the trainer's whole
 configuration (`training/config.py`) or the losses (`training/objective.py`).
 
-A method that is implemented has an objective, is accepted by the API under `method.<its name>`, and
-has its line in `docs/administration.md`; tests hold these to the table.
+A method has an objective, is accepted by the API under `method.<its name>`, and has its line in
+`docs/administration.md`; tests hold these to the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
+
+from feedback.numbers import whole
 
 if TYPE_CHECKING:
     from feedback.formats.shapes import Kind
@@ -41,8 +43,7 @@ class MethodFacts:
     needs: tuple[Kind, ...]  #: of one of these kinds there must be an example
     to_add: str  #: what people do to have such examples
     #: the trainer's settings that this method starts from, where methods differ
-    defaults: Mapping[str, float] = field(default_factory=dict)
-    implemented: bool = True
+    defaults: Mapping[str, float | str] = field(default_factory=dict)
 
 
 METHODS: Final[Mapping[Method, MethodFacts]] = {
@@ -63,22 +64,23 @@ METHODS: Final[Mapping[Method, MethodFacts]] = {
         reads=("labelled",),
         needs=("labelled",),
         to_add="add ratings or stars",
-        implemented=False,
+        defaults={"learning_rate": 2e-4, "epochs": 3, "labelled_loss": "kto"},
     ),
+    # KTO's estimate is the mean over a step's labelled examples. Here these are two or three of the
+    # default's eight, so it would be noise.
     Method.COMBINED: MethodFacts(
         reads=("preference", "supervised", "labelled"),
         needs=("preference", "supervised", "labelled"),
         to_add="add corrections, comparisons, ratings or stars",
-        implemented=False,
+        defaults={"learning_rate": 2e-4, "epochs": 3, "labelled_loss": "apo_zero_unpaired"},
     ),
 }
 
-IMPLEMENTED: Final = tuple(method for method, facts in METHODS.items() if facts.implemented)
-
-TRAINED_KINDS: Final = frozenset(kind for method in IMPLEMENTED for kind in METHODS[method].reads)
-"""Kinds of example that some method trains on; the others count in evaluations alone."""
-
 _ALL: Final = frozenset(Method)
+_COMBINED: Final = frozenset({Method.COMBINED})
+_LABELLED: Final = frozenset(
+    method for method, facts in METHODS.items() if "labelled" in facts.reads
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,42 @@ class Hyperparameter:
     methods: frozenset[Method] = _ALL  #: those that it changes anything in
     openai: bool = False  #: OpenAI's API has it, and shows it in every job
 
+    @property
+    def expected(self) -> str:
+        """What may be given, for a sentence."""
+        number = "a whole number" if self.type is int else "a number"
+        return f"{number} from {self.minimum:g} to {self.maximum:g}"
 
-HYPERPARAMETERS: Final[Mapping[str, Hyperparameter]] = {
+    def find_value(self, given: Any) -> int | float | None:
+        """The value as the trainer takes it; None where it is none."""
+        value: Any = whole(given) if self.type is int else given
+        if isinstance(value, bool) or not isinstance(value, int | self.type):
+            return None
+        return value if self.minimum <= value <= self.maximum else None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a job may choose, as a `Hyperparameter` with words in the place of numbers."""
+
+    setting: str
+    choices: tuple[str, ...]
+    default: str | None  #: None: the method's own
+    meaning: str
+    methods: frozenset[Method] = _ALL
+    openai: bool = False
+
+    @property
+    def expected(self) -> str:
+        """What may be given, for a sentence."""
+        return " or ".join(map(repr, self.choices))
+
+    def find_value(self, given: Any) -> str | None:
+        """The value as the trainer takes it; None where it is none."""
+        return given if given in self.choices else None
+
+
+HYPERPARAMETERS: Final[Mapping[str, Hyperparameter | Choice]] = {
     "n_epochs": Hyperparameter("epochs", int, 1, 50, None, "passes over the examples", openai=True),
     "batch_size": Hyperparameter("batch_size", int, 1, 256, 8, "examples per step", openai=True),
     "learning_rate": Hyperparameter("learning_rate", float, 1e-8, 1.0, None, "peak learning rate"),
@@ -114,7 +150,7 @@ HYPERPARAMETERS: Final[Mapping[str, Hyperparameter]] = {
         1e-3,
         10.0,
         0.1,
-        "how far DPO may move from the base",
+        "how closely DPO and KTO are held to the base",
         methods=_ALL - {Method.SUPERVISED},
         openai=True,
     ),
@@ -127,6 +163,22 @@ HYPERPARAMETERS: Final[Mapping[str, Hyperparameter]] = {
         "of the likelihood term in DPO",
         methods=frozenset({Method.DPO, Method.COMBINED}),
     ),
+    "labelled_loss": Choice(
+        "labelled_loss",
+        ("kto", "apo_zero_unpaired"),
+        None,
+        "loss of labelled examples",
+        methods=_LABELLED,
+    ),
+    "supervised_weight": Hyperparameter(
+        "supervised_weight", float, 1e-6, 1e3, 1.0, "of each supervised example", methods=_COMBINED
+    ),
+    "preference_weight": Hyperparameter(
+        "preference_weight", float, 1e-6, 1e3, 1.0, "of each preference pair", methods=_COMBINED
+    ),
+    "labelled_weight": Hyperparameter(
+        "labelled_weight", float, 1e-6, 1e3, 1.0, "of each labelled example", methods=_COMBINED
+    ),
     "r": Hyperparameter("r", int, 1, 512, 16, "rank of the adapter"),
     # Whole, as in peft and vLLM.
     "lora_alpha": Hyperparameter("lora_alpha", int, 1, 4096, 32, "scale of the adapter"),
@@ -138,9 +190,9 @@ HYPERPARAMETERS: Final[Mapping[str, Hyperparameter]] = {
 
 
 def default_of(name: str, method: Method = Method.SUPERVISED) -> Any:
-    """The value of a hyperparameter that a job leaves to the method."""
+    """The value of a hyperparameter that a job leaves to the method; None where it has none."""
     known = HYPERPARAMETERS[name]
-    return METHODS[method].defaults[known.setting] if known.default is None else known.default
+    return METHODS[method].defaults.get(known.setting) if known.default is None else known.default
 
 
 def list_shown(method: Method | None = None) -> list[str]:
@@ -151,6 +203,7 @@ def list_shown(method: Method | None = None) -> list[str]:
     ]
 
 
-def name_implemented() -> str:
-    """The methods that jobs can train by, quoted, for a sentence."""
-    return " or ".join(repr(str(method)) for method in IMPLEMENTED)
+def name_methods(methods: Collection[Method] = _ALL) -> str:
+    """These methods, quoted, for a sentence."""
+    *first, last = (repr(str(method)) for method in METHODS if method in methods)
+    return f"{', '.join(first)} or {last}" if first else last

@@ -16,18 +16,15 @@ from sqlalchemy.orm import Session
 
 from feedback.curation.examples import ExampleKind
 from feedback.errors import BadRequest, Conflict, NotFound
-from feedback.numbers import whole
 from feedback.tables import Dataset, DatasetStatus, File
 from tuner.jobs import ENDED, create_job
 from tuner.methods import (
     AUTO,
     HYPERPARAMETERS,
-    IMPLEMENTED,
     METHODS,
-    TRAINED_KINDS,
     Method,
     MethodFacts,
-    name_implemented,
+    name_methods,
 )
 from tuner.releases import production_of
 from tuner.tables import Deployment, Job, JobKind
@@ -37,9 +34,9 @@ LONGEST_SUFFIX = 64
 
 
 def check_method(method: str) -> MethodFacts:
-    """The facts of `method`; raises `BadRequest` unless jobs can train by it."""
-    if method not in IMPLEMENTED:
-        raise BadRequest(f"Found method {method!r}, expected {name_implemented()}.", param="method")
+    """The facts of `method`. Raises `BadRequest` where there is no such method."""
+    if method not in set(Method):
+        raise BadRequest(f"Found method {method!r}, expected {name_methods()}.", param="method")
     return METHODS[Method(method)]
 
 
@@ -64,11 +61,6 @@ def _describe_rest(dataset: Dataset, method: str) -> str:
     }
     found = " and ".join(f"{count} {kind}" for kind, count in there.items()) or "no other"
     said = [f"It has {found} ones to train on and {dataset.counts.get('holdout', 0)} held out."]
-    if "labelled" in there and "labelled" not in TRAINED_KINDS:
-        said.append(
-            "Ratings and stars make labelled ones, which evaluations use and no method trains on; "
-            "corrections and comparisons are trained on."
-        )
     others = [other for other in _methods_for(there) if other != method]
     instead = f", or use method {str(others[0])!r}" if others else ""
     action = METHODS[Method(method)].to_add
@@ -77,17 +69,15 @@ def _describe_rest(dataset: Dataset, method: str) -> str:
 
 def _methods_for(kinds: Collection[str]) -> list[Method]:
     """The methods that find what they need among examples of `kinds`."""
-    return [
-        method for method in IMPLEMENTED if any(kind in kinds for kind in METHODS[method].needs)
-    ]
+    return [method for method in Method if any(kind in kinds for kind in METHODS[method].needs)]
 
 
-def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, int | float]:
+def check_hyperparameters(given: Mapping[str, Any], method: Method) -> dict[str, int | float | str]:
     """The hyperparameters that were set, `auto` left out.
 
-    Raises `BadRequest` naming what is wrong.
+    Raises `BadRequest` naming what is wrong: also one that changes nothing in `method`.
     """
-    checked: dict[str, int | float] = {}
+    checked: dict[str, int | float | str] = {}
     for name, value in given.items():
         if name not in HYPERPARAMETERS:
             raise BadRequest(
@@ -97,17 +87,20 @@ def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, int | float]:
         if value is None or value == AUTO:
             continue
         known = HYPERPARAMETERS[name]
-        value = whole(value) if known.type is int else value
-        fits = isinstance(value, int) or (known.type is float and isinstance(value, float))
-        if isinstance(value, bool) or not fits or not known.minimum <= value <= known.maximum:
+        taken = known.find_value(value)
+        if taken is None:
             raise BadRequest(
                 f"Hyperparameter {name!r} ({known.meaning}) is {reprlib.repr(value)}; expected "
-                "'auto' or "
-                f"{'a whole number' if known.type is int else 'a number'} from {known.minimum:g} "
-                f"to {known.maximum:g}.",
+                f"'auto' or {known.expected}.",
                 param=f"hyperparameters.{name}",
             )
-        checked[name] = value
+        if method not in known.methods:
+            raise BadRequest(
+                f"Hyperparameter {name!r} ({known.meaning}) changes nothing in method "
+                f"{str(method)!r}; leave it out, or use method {name_methods(known.methods)}.",
+                param=f"hyperparameters.{name}",
+            )
+        checked[name] = taken
     if "learning_rate" in checked and "learning_rate_multiplier" in checked:
         raise BadRequest(
             "Found both learning_rate and learning_rate_multiplier; give one of them.",
@@ -151,10 +144,11 @@ def create_tuning_job(
     check_method(method)
     if suffix is not None:
         check_suffix(suffix)
-    checked = check_hyperparameters(hyperparameters or {})
-    if max_rank is not None and checked.get("r", 0) > max_rank:
+    checked = check_hyperparameters(hyperparameters or {}, Method(method))
+    rank = checked.get("r")
+    if max_rank is not None and isinstance(rank, int) and rank > max_rank:
         raise BadRequest(
-            f"Hyperparameter 'r' is {checked['r']}, but the engines serve ranks up to {max_rank}; "
+            f"Hyperparameter 'r' is {rank}, but the engines serve ranks up to {max_rank}; "
             "use a smaller one or raise engine.max_lora_rank.",
             param="hyperparameters.r",
         )

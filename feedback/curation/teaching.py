@@ -7,7 +7,7 @@ Does not own what the whole set decides: duplicates, majorities, caps, sides (`s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sqlalchemy.orm import Session
 
@@ -53,13 +53,8 @@ def describe_all(
     session: Session,
     verdicts: Sequence[Judgement | Comparison],
     find_policy: FindPolicy,
-    *,
-    trained: Collection[str],
 ) -> dict[str, str]:
-    """What each of `verdicts` teaches by itself, by its id.
-
-    `trained` are the kinds of example that some method trains on; of others the words say so.
-    """
+    """What each of `verdicts` teaches by itself, by its id."""
     answers = read_alone(session, verdicts)
     words = {}
     for verdict in verdicts:
@@ -72,13 +67,11 @@ def describe_all(
                 if answer.facts.deployment is not None
                 for policy in [find_policy(answer.facts.deployment)]
             ]
-        words[verdict.id] = describe(made, verdict.person_id, trained=trained)
+        words[verdict.id] = describe(made, verdict.person_id)
     return words
 
 
-def describe(
-    made: Iterable[tuple[Extracted, Policy]], person_id: str, *, trained: Collection[str]
-) -> str:
+def describe(made: Iterable[tuple[Extracted, Policy]], person_id: str) -> str:
     """What one verdict teaches, from what was extracted of each answer that it is about.
 
     "nothing: …" where nothing was made; else the kinds, then each kind that wasn't made and why. Of
@@ -104,7 +97,7 @@ def describe(
         reasons[None, _NO_DEPLOYMENT] = None
     if not examples:
         return _describe_nothing(list(dict.fromkeys(why for _, why in reasons)))
-    teaches = " and ".join(_describe_examples(examples, trained))
+    teaches = " and ".join(_describe_examples(examples))
     left = (
         f"of one answer nothing: {why}" if kind is None else f"no {kind}: {why}"
         for kind, why in reasons
@@ -118,7 +111,7 @@ def _describe_nothing(reasons: Sequence[str]) -> str:
     return f"nothing: {'; '.join(reasons)}" if reasons else "nothing"
 
 
-def _describe_examples(examples: Iterable[Example], trained: Collection[str]) -> list[str]:
+def _describe_examples(examples: Iterable[Example]) -> list[str]:
     """One entry for each kind, in the order of the kinds."""
     by_kind: dict[str, list[Example]] = {}
     for example in examples:
@@ -129,7 +122,5 @@ def _describe_examples(examples: Iterable[Example], trained: Collection[str]) ->
         if kind == ExampleKind.LABELLED:
             said += f" {str(by_kind[kind][0].row['label']).lower()}"
             said += ", both" if len(by_kind[kind]) > 1 else ""
-        if kind not in trained:
-            said += " (used in evaluations; no method trains on it yet)"
         words.append(said)
     return words

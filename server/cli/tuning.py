@@ -17,7 +17,7 @@ from server.cli.app import (
     show_json,
 )
 from server.cli.rows import Deployment, ReleaseName, list_rows, show
-from tuner.methods import HYPERPARAMETERS, IMPLEMENTED
+from tuner.methods import HYPERPARAMETERS, Method
 
 datasets = typer.Typer(help="Frozen training examples.", invoke_without_command=True)
 jobs = typer.Typer(help="Work in the background.", invoke_without_command=True)
@@ -58,7 +58,9 @@ def _meaning(name: str) -> str:
 @app.command()
 def tune(
     deployment: Deployment = "assistant",
-    method: Annotated[str, typer.Option(help=f"{' or '.join(IMPLEMENTED)}.")] = "supervised",
+    method: Annotated[
+        Method, typer.Option(help="What it learns by; combined takes all kinds of example.")
+    ] = Method.COMBINED,
     dataset: Annotated[
         str | None, typer.Option(help="ds_… or file-…; by default a new data set is made.")
     ] = None,
@@ -94,7 +96,7 @@ def tune(
                 "validation_file": validation,
                 "suffix": suffix,
                 "seed": seed,
-                "method": {"type": method, method: {"hyperparameters": hyperparameters}},
+                "method": {"type": method, str(method): {"hyperparameters": hyperparameters}},
             },
         )
         if not watch:

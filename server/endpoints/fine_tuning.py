@@ -40,13 +40,7 @@ from server.views.tuning_jobs import (
 )
 from tuner import job_events, jobs
 from tuner.deployments import find_deployment_by_model
-from tuner.methods import (
-    AUTO,
-    HYPERPARAMETERS,
-    IMPLEMENTED,
-    Method,
-    name_implemented,
-)
+from tuner.methods import AUTO, HYPERPARAMETERS, Method
 from tuner.tables import Deployment, JobKind
 from tuner.tuning import LONGEST_SUFFIX, create_tuning_job
 
@@ -67,6 +61,8 @@ class MethodChoice(Part):
     type: Name = str(Method.SUPERVISED)
     supervised: MethodOptions | None = None
     dpo: MethodOptions | None = None
+    kto: MethodOptions | None = None
+    combined: MethodOptions | None = None
     reinforcement: None = Field(default=None, description="OpenAI's; null only.")
 
 
@@ -244,13 +240,8 @@ def _hyperparameters(body: JobCreate, method: MethodChoice) -> dict[str, Any]:
 
     Raises BadRequest where both have values.
     """
-    if method.type in set(Method) - set(IMPLEMENTED):
-        raise BadRequest(
-            f"method {method.type!r} is not there yet; use {name_implemented()}",
-            param="method.type",
-        )
     chosen: dict[str, Any] | None = None
-    for name in IMPLEMENTED:
+    for name in Method:
         options: MethodOptions | None = getattr(method, name)
         if options is not None and name != method.type:
             raise BadRequest(

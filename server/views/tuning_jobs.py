@@ -21,6 +21,8 @@ class MethodUsed(TypedDict):
     type: Annotated[str, one_of(Method)]
     supervised: NotRequired[dict[str, Any]]
     dpo: NotRequired[dict[str, Any]]
+    kto: NotRequired[dict[str, Any]]
+    combined: NotRequired[dict[str, Any]]
 
 
 class TuningError(TypedDict):

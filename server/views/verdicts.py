@@ -22,7 +22,6 @@ from feedback.tables import (
     SourceType,
 )
 from server.views.objects import one_of, unix
-from tuner.methods import TRAINED_KINDS
 from tuner.policies import curation_policy
 from tuner.tables import Deployment
 
@@ -199,4 +198,4 @@ def _describe_teachings(
     def find_policy(deployment: str) -> Policy:
         return curation_policy(session.get(Deployment, deployment))
 
-    return describe_all(session, verdicts, find_policy, trained=TRAINED_KINDS)
+    return describe_all(session, verdicts, find_policy)

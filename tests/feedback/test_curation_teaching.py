@@ -23,7 +23,6 @@ from feedback.curation.visible import is_blank, strip_invisible
 from tests.feedback.test_curation_extract import build_compared, build_facts, build_verdict
 
 POLICY = Policy(max_completion_chars=60, max_prompt_chars=40)
-TRAINED = frozenset({"supervised", "preference"})
 BY_WHOLE_SET = frozenset(
     {
         DropReason.SUPERSEDED,
@@ -101,7 +100,7 @@ def test_what_is_promised_of_a_judgement_is_what_is_made_of_it(
     all_made = extract(JudgedAnswer(facts, verdicts), policy).examples
     for verdict in verdicts:
         alone = extract(JudgedAnswer(facts, (verdict,)), policy)
-        words = describe([(alone, policy)], verdict.person_id, trained=TRAINED)
+        words = describe([(alone, policy)], verdict.person_id)
         made = [one.feature.kind for one in all_made if one.feature.judgement_id == verdict.id]
         assert find_promised(words) == ([] if policy.excluded_people else made)
         assert not words.endswith((":", "; ")), words
@@ -123,7 +122,7 @@ def test_what_is_promised_of_a_comparison_is_what_is_made_of_both_answers(
         for side, mine, theirs in (("a", one, other), ("b", other, one))
     ]
     made = [(extract(side, policy), policy) for side, policy in zip(sides, both, strict=True)]
-    words = describe(made, "p1", trained=TRAINED)
+    words = describe(made, "p1")
     kinds = [
         example.feature.kind
         for extracted, policy in made
@@ -144,17 +143,17 @@ def test_what_the_whole_set_decides_is_not_promised(reason: DropReason) -> None:
     assert reason not in WORDS
 
 
-def test_the_words_name_the_bound_and_what_no_method_trains_on() -> None:
+def test_the_words_name_the_bound_and_the_label() -> None:
     def told(verdict: Verdict | ComparedVerdict, policy: Policy = POLICY) -> str:
         assert isinstance(verdict, Verdict)
         made = extract(JudgedAnswer(build_facts(), (verdict,)), policy)
-        return describe([(made, policy)], "p1", trained=TRAINED)
+        return describe([(made, policy)], "p1")
 
     long = build_verdict("correction", {"role": "assistant", "content": "x" * 61})
     assert told(long) == "nothing: the text is longer than 60 characters"
     rated = build_verdict("rating", False)
-    assert told(rated) == "labelled false (used in evaluations; no method trains on it yet)"
-    assert describe([], "p1", trained=TRAINED).startswith("nothing: the base model was asked")
+    assert told(rated) == "labelled false"
+    assert describe([], "p1").startswith("nothing: the base model was asked")
 
 
 @pytest.mark.parametrize(

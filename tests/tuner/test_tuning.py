@@ -20,7 +20,7 @@ from tests.tuner.records import (
 )
 from tuner import jobs, tuning
 from tuner.deployments import get_deployment
-from tuner.methods import HYPERPARAMETERS
+from tuner.methods import HYPERPARAMETERS, Choice, Method
 from tuner.moves import move_production
 from tuner.tables import JobKind
 from tuner.tuning import check_hyperparameters, create_tuning_job
@@ -42,20 +42,25 @@ def kinds_of(session: Any, files: list[str]) -> list[str | None]:
 
 @pytest.mark.parametrize(
     ("method", "kinds"),
-    [("supervised", ["supervised"]), ("dpo", ["preference", "supervised"])],
+    [
+        ("supervised", ["supervised"]),
+        ("dpo", ["preference", "supervised"]),
+        ("kto", ["labelled"]),
+        ("combined", ["preference", "supervised", "labelled"]),
+    ],
 )
 def test_a_job_on_a_data_set_trains_on_all_that_its_method_learns_from(
     database: Database, tmp_path: Path, method: str, kinds: list[str]
 ) -> None:
     with database.write() as session:
         deployment = make_deployment(session)
-        dataset = add_dataset(session, tmp_path, train=ROWS, holdout=ROWS[:1])
+        dataset = add_dataset(session, tmp_path, train=[*ROWS, *RATED], holdout=ROWS[:1])
         job = create_tuning_job(
             session,
             deployment,
             method=method,
             training_file=dataset.id,
-            hyperparameters={"n_epochs": 2, "beta": "auto", "r": None},
+            hyperparameters={"n_epochs": 2, "beta": "auto", "labelled_loss": "auto", "r": None},
             seed=7,
             created_by="ann",
         )
@@ -147,7 +152,12 @@ def test_a_job_needs_its_validation_file_too(database: Database, tmp_path: Path)
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str | None, str]] = [
-    ("method", {"method": "kto"}, None, "Found method 'kto', expected 'supervised' or 'dpo'."),
+    (
+        "method",
+        {"method": "ppo"},
+        None,
+        "Found method 'ppo', expected 'supervised', 'dpo', 'kto' or 'combined'.",
+    ),
     ("no data set", {"training_file": "ds_none"}, "not_found", "No data set 'ds_none'."),
     ("no file", {"training_file": "file-none"}, "not_found", "No file 'file-none'."),
     ("unfinished", {"training_file": "unfinished"}, "dataset_not_ready", "is running, expected"),
@@ -173,9 +183,21 @@ REFUSALS: list[tuple[str, dict[str, Any], str | None, str]] = [
         "only ratings",
         {"training_file": "only ratings"},
         "nothing_to_learn",
-        "needs at least 1. It has 2 labelled ones to train on and 0 held out. Ratings and stars "
-        "make labelled ones, which evaluations use and no method trains on; corrections and "
-        "comparisons are trained on. Add corrections (kind 'correction').",
+        "needs at least 1. It has 2 labelled ones to train on and 0 held out. Add corrections "
+        "(kind 'correction'), or use method 'kto'.",
+    ),
+    (
+        "no ratings",
+        {"training_file": "only corrections", "method": "kto"},
+        "nothing_to_learn",
+        "has 0 labelled examples to train on, method 'kto' needs at least 1. It has 2 supervised "
+        "ones to train on and 0 held out. Add ratings or stars, or use method 'supervised'.",
+    ),
+    (
+        "nothing at all",
+        {"training_file": "none", "method": "combined"},
+        "nothing_to_learn",
+        "has 0 preference or supervised or labelled examples to train on, method 'combined' needs",
     ),
     ("holdout", {"training_file": "holdout"}, None, "is the holdout of ds_"),
     ("empty", {"training_file": "empty"}, "nothing_to_learn", "has 0 examples; add corrections"),
@@ -190,6 +212,19 @@ REFUSALS: list[tuple[str, dict[str, Any], str | None, str]] = [
         {"hyperparameters": {"lr": 1}},
         None,
         "Unknown hyperparameter 'lr'; expected one of n_epochs, batch_size",
+    ),
+    (
+        "another method's hyperparameter",
+        {"hyperparameters": {"beta": 0.2}},
+        None,
+        "Hyperparameter 'beta' (how closely DPO and KTO are held to the base) changes nothing in "
+        "method 'supervised'; leave it out, or use method 'dpo', 'kto' or 'combined'.",
+    ),
+    (
+        "a hyperparameter of combined",
+        {"hyperparameters": {"labelled_weight": 2.0}},
+        None,
+        "changes nothing in method 'supervised'; leave it out, or use method 'combined'.",
     ),
     (
         "both rates",
@@ -269,6 +304,7 @@ def test_a_refusal_says_what_to_do(
             "only corrections": add_dataset(session, tmp_path, train=ROWS[:2]).id,
             "only pairs": add_dataset(session, tmp_path, train=ROWS[2:]).id,
             "only ratings": add_dataset(session, tmp_path, train=RATED).id,
+            "none": add_dataset(session, tmp_path).id,
             "holdout": part(good.id, "supervised", "holdout"),
             "pairs file": part(good.id, "preference"),
             "empty": add_file(session, tmp_path, [], kind=None).id,
@@ -289,14 +325,21 @@ def test_a_refusal_says_what_to_do(
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_a_hyperparameter_keeps_its_bounds_and_its_type(name: str) -> None:
     known = HYPERPARAMETERS[name]
-    for value in (known.minimum, known.maximum):
-        assert check_hyperparameters({name: known.type(value)}) == {name: value}
-        taken = check_hyperparameters({name: float(value)})[name]
-        assert (taken, type(taken)) == (value, known.type)  # a whole number written 3.0 is one
-    wrong = [known.minimum / 2 - 1, known.maximum * 2, "3", True, float("nan"), [1], 10**400]
-    for value in [*wrong, *([1.5] if known.type is int else [])]:
-        with pytest.raises(AppError, match=f"'{name}'.*expected 'auto' or a") as refused:
-            check_hyperparameters({name: value})
+    method = next(method for method in Method if method in known.methods)
+    wrong: list[Any] = ["3", True, float("nan"), [1], 10**400]
+    if isinstance(known, Choice):
+        for choice in known.choices:
+            assert check_hyperparameters({name: choice}, method) == {name: choice}
+    else:
+        for value in (known.minimum, known.maximum):
+            assert check_hyperparameters({name: known.type(value)}, method) == {name: value}
+            taken = check_hyperparameters({name: float(value)}, method)[name]
+            assert (taken, type(taken)) == (value, known.type)  # a whole number written 3.0 is one
+        wrong += [known.minimum / 2 - 1, known.maximum * 2]
+        wrong += [1.5] if known.type is int else []
+    for value in wrong:
+        with pytest.raises(AppError, match=f"'{name}'.*expected 'auto' or ") as refused:
+            check_hyperparameters({name: value}, method)
         assert refused.value.param == f"hyperparameters.{name}"
         assert len(refused.value.message) < 300
 

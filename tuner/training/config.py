@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tuner.methods import IMPLEMENTED, Method, default_of, name_implemented
+from tuner.methods import METHODS, Method, default_of
 
 PARENT_VARIABLE: Final = "BURNISH_TRAINER_PARENT"
 
@@ -43,6 +43,14 @@ _NOT_IDENTITY: Final = frozenset(
 )
 
 
+# Without labelled examples they have no effect. Absent then, so that a run that an earlier version
+# began is still the same run.
+_OF_LABELLED: Final = frozenset(
+    {"labelled_loss", "desirable_weight", "undesirable_weight"}
+    | {"supervised_weight", "preference_weight", "labelled_weight"}
+)
+
+
 def _default_in(name: str, data: Mapping[str, Any]) -> Any:
     # Without a valid method its own error is the one to show.
     return default_of(name, data.get("method", Method.SUPERVISED))
@@ -51,7 +59,7 @@ def _default_in(name: str, data: Mapping[str, Any]) -> Any:
 class TrainingConfig(BaseModel):
     """One tuning job. Lengths in tokens, log-probabilities in nats; None switches off.
 
-    `learning_rate` and `epochs` may be given as None for the method's own default.
+    `learning_rate`, `epochs` and `labelled_loss` may be given as None for the method's own default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -94,11 +102,37 @@ class TrainingConfig(BaseModel):
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    beta: float = Field(default=default_of("beta"), gt=0, description="DPO's temperature.")
+    beta: float = Field(default=default_of("beta"), gt=0, description="Temperature of DPO and KTO.")
     sft_weight: float | None = Field(
         default=default_of("sft_weight"),
         gt=0,
         description="Weight of the chosen answers' own likelihood beside DPO.",
+    )
+
+    labelled_loss: Literal["kto", "apo_zero_unpaired"] | None = Field(
+        default_factory=partial(_default_in, "labelled_loss"),
+        description="KTO, or its form without a KL term; None where no labelled examples are read.",
+    )
+    desirable_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Weight of answers labelled true in KTO; None: from how many there are.",
+    )
+    undesirable_weight: float | None = Field(
+        default=None, gt=0, description="The same of answers labelled false."
+    )
+    supervised_weight: float = Field(
+        default=default_of("supervised_weight"),
+        gt=0,
+        description="Weight of each supervised example where a run combines the kinds.",
+    )
+    preference_weight: float = Field(
+        default=default_of("preference_weight"), gt=0, description="The same of each pair."
+    )
+    labelled_weight: float = Field(
+        default=default_of("labelled_weight"),
+        gt=0,
+        description="The same of each labelled example.",
     )
 
     validation_share: float = Field(default=0.1, ge=0, lt=1)
@@ -117,7 +151,8 @@ class TrainingConfig(BaseModel):
     max_chosen_drop: float | None = Field(
         default=1.0,
         gt=0,
-        description="DPO stops when chosen answers lost more than this per token.",
+        description="The run stops when answers that were chosen, or labelled true, lost more than "
+        "this per token.",
     )
     max_kl: float | None = Field(
         default=5.0, gt=0, description="The run stops when KL(tuned || base) per token passes this."
@@ -133,16 +168,9 @@ class TrainingConfig(BaseModel):
             return {
                 key: value
                 for key, value in values.items()
-                if value is not None or key not in ("learning_rate", "epochs")
+                if value is not None or key not in ("learning_rate", "epochs", "labelled_loss")
             }
         return values
-
-    @field_validator("method")
-    @classmethod
-    def _method_is_implemented(cls, method: Method) -> Method:
-        if method not in IMPLEMENTED:
-            raise ValueError(f"found {str(method)!r}, expected {name_implemented()}")
-        return method
 
     @model_validator(mode="after")
     def _rank_is_served(self) -> TrainingConfig:
@@ -180,7 +208,10 @@ class TrainingConfig(BaseModel):
         Two runs with the same one are the same run, if their files are: the files' contents are the
         caller's to add.
         """
-        settings = self.model_dump(mode="json", exclude=set(_NOT_IDENTITY))
+        left_out = set(_NOT_IDENTITY)
+        if "labelled" not in METHODS[self.method].reads:
+            left_out |= _OF_LABELLED
+        settings = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

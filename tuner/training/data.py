@@ -1,16 +1,17 @@
 """What a run learns from, and what it is validated by.
 
-Owns: the validation slice or file, what is left out for being near it, and the refusal where
-nothing is left to learn. Does not own: the reading of rows (`rows.py`) or rendering
-(`rendering.py`).
+Owns: the validation slice or file, what is left out for being near it, what each kind of example
+weighs, and the refusal where nothing is left to learn. Does not own: the reading of rows
+(`rows.py`) or rendering (`rendering.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from feedback.curation.extract import build_near_hash
+from feedback.formats.shapes import Kind
 from tuner.methods import METHODS, Method
 from tuner.training.config import TrainingConfig
 from tuner.training.rendering import WHAT_TO_DO, RenderedExample, Renderer
@@ -35,11 +36,12 @@ def share_examples(config: TrainingConfig, renderer: Renderer, rows: Sequence[Ro
     """A share of the rows validates."""
     rendered = renderer.render(rows, METHODS[config.method].reads)
     _check_teaches(config, renderer, rendered.examples, rendered.drops)
+    examples = weigh_kinds(config, rendered.examples)
     training, validation = split_validation(
-        rendered.examples, share=config.validation_share, minimum=config.min_validation
+        examples, share=config.validation_share, minimum=config.min_validation
     )
     if not _teaches(config.method, training):  # the slice took the last of them
-        training, validation = list(rendered.examples), []
+        training, validation = examples, []
     return Examples(training, validation, rendered.drops)
 
 
@@ -60,7 +62,26 @@ def hold_examples(
     near = len(rows) - len(kept)
     drops = {**rendered.drops, **({"near_validation": near} if near else {})}
     _check_teaches(config, renderer, rendered.examples, drops)
-    return Examples(rendered.examples, validation.examples, drops, validation.drops)
+    return Examples(
+        weigh_kinds(config, rendered.examples),
+        weigh_kinds(config, validation.examples),
+        drops,
+        validation.drops,
+    )
+
+
+def weigh_kinds(
+    config: TrainingConfig, examples: Sequence[RenderedExample]
+) -> list[RenderedExample]:
+    """Each example with the weight of its kind, where the method takes one for each."""
+    if config.method != Method.COMBINED:
+        return list(examples)
+    weights: Mapping[Kind, float] = {
+        "supervised": config.supervised_weight,
+        "preference": config.preference_weight,
+        "labelled": config.labelled_weight,
+    }
+    return [replace(one, weight=weights[one.kind] * one.weight) for one in examples]
 
 
 def leave_out_near(rows: Sequence[Row], validation: Sequence[Row]) -> list[Row]:

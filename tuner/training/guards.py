@@ -7,7 +7,7 @@ not own: the guard on generated answers, which compares releases after training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,15 +40,23 @@ def check_finite(name: str, value: float, step: int) -> None:
         )
 
 
-def check_chosen_drop(drop: float, limit: float | None, step: int) -> None:
-    """Stop when chosen answers have become less likely by more than `limit` nats per token."""
-    if limit is not None and drop > limit:
-        raise GuardStopped(
-            "guard_chosen_drop",
-            f"At step {step} the chosen answers have lost {drop:.2f} nats of log-probability per "
-            f"token against the base, more than {limit:g}; use a smaller learning rate or a larger "
-            "sft_weight.",
-        )
+def check_drops(metrics: Mapping[str, float], limit: float | None, step: int) -> None:
+    """Stop when good answers have become less likely by more than `limit` nats per token.
+
+    Those are the chosen ones of pairs and the ones labelled true.
+    """
+    for name, answers, remedy in (
+        ("chosen_drop", "chosen answers", "sft_weight"),
+        ("labelled_drop", "answers labelled true", "beta"),
+    ):
+        drop = metrics.get(name, -math.inf)
+        if limit is not None and drop > limit:
+            raise GuardStopped(
+                "guard_chosen_drop",
+                f"At step {step} the {answers} have lost {drop:.2f} nats of log-probability per "
+                f"token against the base, more than {limit:g}; use a smaller learning rate or a "
+                f"larger {remedy}.",
+            )
 
 
 def check_kl(kl: float, limit: float | None, step: int) -> None:

@@ -1,12 +1,12 @@
 """The training loop: from a configuration to an adapter, the same bytes every time.
 
-Owns: the order of examples, the steps, validation and early stop, what a checkpoint holds, and what
-is told on the way. Does not own: losses, guards, the model, or the process around it
+Owns: the steps, validation and early stop, what a checkpoint holds, and what is told on the way.
+Does not own: the order of examples, losses, guards, the model, or the process around it
 (`__main__.py`).
 
-The order of an epoch follows from seed and epoch alone, each example's reference values from the
-example alone, and a checkpoint holds everything else that a step depends on. So a run that was
-killed and resumed ends with the adapter that it would have ended with.
+The order of an epoch follows from seed, epoch and the examples alone, each example's reference
+values from the example alone, and a checkpoint holds everything else that a step depends on. So a
+run that was killed and resumed ends with the adapter that it would have ended with.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import hashlib
 import json
 import logging
 import math
-import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
@@ -28,12 +28,13 @@ from tuner.base_models import read_control_tokens, read_template
 from tuner.training.checkpoint import Checkpoint, Checkpoints
 from tuner.training.config import TrainingConfig
 from tuner.training.data import Examples, hold_examples, share_examples
-from tuner.training.guards import KlSample, check_chosen_drop, check_finite, check_kl
+from tuner.training.guards import KlSample, check_drops, check_finite, check_kl
 from tuner.training.identity import run_identity
 from tuner.training.layout import pack, sequences_of
 from tuner.training.losses import Metrics
 from tuner.training.model import TunedModel, get_end_token_ids, load_tokenizer
 from tuner.training.objective import Objective, add_metrics
+from tuner.training.order import epoch_order
 from tuner.training.probe import build_probe
 from tuner.training.references import LogProbs, References
 from tuner.training.rendering import RenderedExample, Renderer
@@ -95,13 +96,6 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
-    """The order of `count` examples in an epoch; depends on nothing else."""
-    order = list(range(count))
-    random.Random(f"{seed}:{epoch}").shuffle(order)
-    return order
-
-
 @dataclass(slots=True)
 class _Progress:
     """Where a run stands, beside its weights."""
@@ -149,7 +143,7 @@ class _Run:
         )
         self._progress = _Progress()
         self._best: dict[str, Tensor] = {}
-        self._objective = Objective(config, model)
+        self._objective = Objective(config, model, self._training, self._validation)
         self._kl: KlSample | None = None
         self._told = -math.inf
 
@@ -169,7 +163,12 @@ class _Run:
 
     def _train_epoch(self) -> None:
         config, progress = self._config, self._progress
-        order = epoch_order(len(self._training), seed=config.seed, epoch=progress.epoch)
+        order = epoch_order(
+            [example.kind for example in self._training],
+            config.batch_size,
+            seed=config.seed,
+            epoch=progress.epoch,
+        )
         first = progress.step - progress.epoch * self._steps_per_epoch
         for index in range(first, self._steps_per_epoch):
             chosen = order[index * config.batch_size : (index + 1) * config.batch_size]
@@ -194,8 +193,9 @@ class _Run:
         self._optimizer.zero_grad()
         number = progress.step + 1
         metrics: Metrics = {}
+        whole = self._objective.take_whole(examples)
         for passed in pack(examples, max_tokens=config.batch_tokens):
-            loss, found = self._objective.part(passed, examples)
+            loss, found = self._objective.part(passed, whole)
             check_finite("loss", float(loss.detach()), number)
             torch.autograd.backward(loss)
             add_metrics(metrics, found)
@@ -203,7 +203,7 @@ class _Run:
             self._parameters.values(), config.max_grad_norm or math.inf
         )
         check_finite("gradient", float(norm), number)
-        check_chosen_drop(metrics.get("chosen_drop", -math.inf), config.max_chosen_drop, number)
+        check_drops(metrics, config.max_chosen_drop, number)
         self._optimizer.step()
         progress.step = number
         progress.last = {**metrics, "grad_norm": float(norm)}
@@ -213,9 +213,10 @@ class _Run:
 
     def _validate(self) -> Metrics:
         metrics: Metrics = {}
+        whole = self._objective.take_whole(self._validation)
         with self._model.evaluating():
             for passed in pack(self._validation, max_tokens=self._config.batch_tokens):
-                _, found = self._objective.part(passed, self._validation)
+                _, found = self._objective.part(passed, whole)
                 add_metrics(metrics, found)
         return metrics
 
@@ -247,12 +248,13 @@ class _Run:
             check_kl(kl, self._config.max_kl, self._progress.step)
 
     def _compute_references(self) -> None:
-        """Reference values of every pair, from the cache or computed now."""
-        pairs = [
-            example
-            for example in (*self._training, *self._validation)
-            if example.kind == "preference"
-        ]
+        """Reference values of all that is compared with the base: cached, or computed now."""
+        judged = (*self._training, *self._validation)
+        compared = {
+            "preference pairs": [one for one in judged if one.kind == "preference"],
+            "labelled examples": [one for one in judged if one.kind == "labelled"],
+            "mismatched answers": self._objective.mismatched,
+        }
         cache = References(
             self._config.references_dir,
             base_revision=self._identity["base_revision"],
@@ -260,16 +262,21 @@ class _Run:
             dtype=self._model.dtype_name,
             compute=self._reference,
         )
-        if missing := len(cache.missing(pairs)):
+        missing = {what: len(cache.missing(examples)) for what, examples in compared.items()}
+        if any(missing.values()):
+            counted = [f"{count} {what}" for what, count in missing.items() if count]
             self._emit(
                 {
                     "event": "references",
-                    "pairs": missing,
-                    "message": f"Computing what the base says about {missing} preference pairs.",
+                    "pairs": missing["preference pairs"],
+                    "labelled": missing["labelled examples"],
+                    "mismatched": missing["mismatched answers"],
+                    "message": f"Computing what the base says about {_enumerate(counted)}.",
                 }
             )
-        for example in pairs:
-            self._objective.references[example.content_hash] = cache.get(example)
+        for examples in compared.values():
+            for example in examples:
+                self._objective.references[example.content_hash] = cache.get(example)
 
     def _reference(self, example: RenderedExample) -> LogProbs:
         with self._model.base_only():
@@ -352,6 +359,7 @@ class _Run:
             "dtype": self._model.dtype_name,
             "device": self._model.device.type,
             "examples": len(self._training),
+            "kinds": dict(Counter(sorted(example.kind for example in self._training))),
             "validation_examples": len(self._validation),
             "dropped": dict(self._drops),
             "validation_dropped": dict(self._validation_drops),
@@ -406,6 +414,12 @@ class _Run:
                 **progress.last,
             }
         )
+
+
+def _enumerate(parts: Sequence[str]) -> str:
+    """As in "a, b and c"."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _count_drops(drops: Mapping[str, int], whose: str | None = None) -> str:

@@ -61,6 +61,7 @@ class RenderedExample:
     #: hash of the first user turn, hex; examples of one group stay on one side of the validation
     #: split
     group: str
+    label: bool | None = None  #: of a labelled example: whether the answer was called good
 
     @property
     def tokens(self) -> int:
@@ -177,7 +178,7 @@ class Renderer:
         if length > self._max_length:
             return "too_long"
         return RenderedExample(
-            row.id, row.kind, prompt, completions, row.weight, group_of(row.prompt)
+            row.id, row.kind, prompt, completions, row.weight, group_of(row.prompt), row.label
         )
 
     def _render_answer(

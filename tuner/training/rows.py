@@ -35,6 +35,7 @@ class Row:
     prompt: tuple[Message, ...]
     completions: tuple[tuple[Message, ...], ...]  #: of a preference: chosen, rejected
     weight: float = 1.0
+    label: bool | None = None  #: of a labelled row alone
     tools: tuple[Any, ...] | None = None
     prompt_tokens: int | None = None  #: length of the rendered prompt when it was served
     #: what the template was given with it when it was served, as `enable_thinking`
@@ -102,6 +103,8 @@ def _parse(row: Any) -> Iterator[Row]:
         if kind not in keys:
             raise ValueError(f"kind is {_describe(kind)}; expected one of {sorted(keys)}")
         answers = tuple(_answer(row, key) for key in keys[kind])
+        if kind == "labelled":
+            common["label"] = _label(row)
         yield Row(row_id, kind, _messages(row, "prompt"), answers, **common)
 
 
@@ -177,6 +180,13 @@ def _weight(row: Mapping[str, Any]) -> float:
     if type(weight) not in (int, float) or not 0 < weight < float("inf"):
         raise ValueError(f"'weight' is {_describe(weight)}; expected a positive number")
     return float(weight)
+
+
+def _label(row: Mapping[str, Any]) -> bool:
+    label = row.get("label")
+    if not isinstance(label, bool):
+        raise ValueError(f"'label' is {_describe(label)}; expected true or false")
+    return label
 
 
 def _prompt_tokens(row: Mapping[str, Any]) -> int | None:

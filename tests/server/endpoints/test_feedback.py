@@ -51,7 +51,7 @@ def test_a_verdict_is_new_once_and_then_stands(running_gateway: RunningGateway) 
         "user": "anna",
         "metadata": {"page": "1"},
         "revision": 1,
-        "teaches": "labelled true (used in evaluations; no method trains on it yet)",
+        "teaches": "labelled true",
     }
 
 
@@ -158,7 +158,7 @@ def test_a_plain_key_cannot_judge_as_somebody_else(sqlite_gateway: RunningGatewa
 LONG = "word " * 8_000
 
 TEACHINGS: list[tuple[dict[str, Any], str, Any, str]] = [
-    ({}, "rating", True, "labelled true (used in evaluations; no method trains on it yet)"),
+    ({}, "rating", True, "labelled true"),
     ({"trainable": False}, "rating", True, "nothing: the answer may not be learned from"),
     ({"stored": False}, "rating", True, "nothing: the answer's text was not kept"),
     ({"kind": "task"}, "rating", True, "nothing: the answer is a front end's own, such as a title"),
@@ -212,7 +212,7 @@ def test_what_a_reply_promises_is_what_a_freeze_makes(sqlite_gateway: RunningGat
             part["kind"]
             for part in anna.get(f"/v1/feedback/{judgement_id}").json()["became"]["examples"]
         ]
-        promised = words.partition(";")[0].partition(" (")[0].replace("labelled true", "labelled")
+        promised = words.partition(";")[0].replace("labelled true", "labelled")
         assert made == ([] if words.startswith("nothing") else promised.split(" and ")), words
 
 

@@ -17,7 +17,7 @@ from tests.rows import add_answer, add_dataset, add_deployment
 from tuner import jobs
 from tuner.deployments import get_deployment
 from tuner.job_events import NewEvent
-from tuner.methods import IMPLEMENTED
+from tuner.methods import Method
 from tuner.releases import create_release
 from tuner.tables import JobKind
 
@@ -156,8 +156,10 @@ def test_what_cannot_be_trained_is_refused_by_name(
         ({"model": "tiny"}, 404, "model"),
         ({"training_file": "file-none"}, 404, "training_file"),
         ({"training_file": "ds_none"}, 404, "training_file"),
-        ({"method": {"type": "kto"}}, 400, "method.type"),
-        ({"method": {"type": "combined"}}, 400, "method.type"),
+        # The data set has corrections alone.
+        ({"method": {"type": "kto"}}, 400, "training_file"),
+        ({"method": {"type": "dpo", "kto": {}}}, 400, "method.kto"),
+        ({"hyperparameters": {"beta": 0.2}}, 400, "hyperparameters.beta"),
         ({"method": {"type": "reinforcement"}}, 400, "method"),
         ({"method": {"type": "dpo", "supervised": {}}}, 400, "method.supervised"),
         ({"hyperparameters": {"epochs": 3}}, 400, "hyperparameters.epochs"),
@@ -306,10 +308,17 @@ def test_an_upload_of_another_kind_than_the_method_learns_from_is_refused(
                 model="assistant", training_file=files[kind], method={"type": method}
             )
         assert refused.value.param == "training_file"
-    made = client.fine_tuning.jobs.create(
-        model="assistant", training_file=files["preference"], method={"type": "dpo"}
-    )
-    assert made.status == "queued"
+    for kind, method in (
+        ("preference", "dpo"), ("labelled", "kto"), ("labelled", "combined"),
+        ("supervised", "combined"),
+    ):  # fmt: skip
+        chosen: Any = {"type": method, method: {"hyperparameters": {"n_epochs": 2}}}
+        made = client.fine_tuning.jobs.create(
+            model="assistant", training_file=files[kind], method=chosen
+        )
+        assert made.status == "queued"
+        assert made.to_dict()["method"]["type"] == method
+        assert made.to_dict()["method"][method]["hyperparameters"]["n_epochs"] == 2
 
 
 def test_all_of_openais_fields_are_taken(
@@ -403,6 +412,6 @@ def test_another_persons_upload_validates_nothing(
     assert ann.post("/v1/fine_tuning/jobs", json=body).is_success
 
 
-def test_the_api_takes_and_shows_every_method_that_is_implemented() -> None:
-    assert set(MethodChoice.model_fields) - {"type", "reinforcement"} == set(IMPLEMENTED)
-    assert set(MethodUsed.__annotations__) - {"type"} == set(IMPLEMENTED)
+def test_the_api_takes_and_shows_every_method() -> None:
+    assert set(MethodChoice.model_fields) - {"type", "reinforcement"} == set(Method)
+    assert set(MethodUsed.__annotations__) - {"type"} == set(Method)

@@ -42,9 +42,6 @@ def browser() -> Iterator[Browser]:
         started.close()
 
 
-NOT_YET = "(used in evaluations; no method trains on it yet)"
-
-
 @dataclass
 class ChatPage:
     """The page in one tab, and what a person does there. `trouble` is what must not happen."""
@@ -187,16 +184,16 @@ def test_a_rating_is_stored_changed_explained_and_taken_back(chat: ChatPage) -> 
     chat.sign_in()
     chat.send("hello")
     good = chat.answer().get_by_role("button", name="labelled good")
-    chat.press("labelled good", f"Saved. Teaches: labelled true {NOT_YET}.")
+    chat.press("labelled good", "Saved. Teaches: labelled true.")
     expect(good).to_have_attribute("aria-pressed", "true")
     assert chat.judgements() == [("rating", True, None)]
 
-    chat.press("labelled bad", f"Saved. Teaches: labelled false {NOT_YET}.")
+    chat.press("labelled bad", "Saved. Teaches: labelled false.")
     expect(good).to_have_attribute("aria-pressed", "false")
     chat.answer().get_by_label("Comment on your rating").fill("wrong town")
     chat.page.keyboard.press("Enter")
     expect(chat.answer().get_by_role("status")).to_have_text(
-        f"Comment saved. Teaches: labelled false {NOT_YET}."
+        "Comment saved. Teaches: labelled false."
     )
     assert chat.judgements() == [("rating", False, "wrong town")]
 

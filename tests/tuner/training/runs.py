@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from feedback.formats.shapes import Kind
 from tuner.training.config import TrainingConfig
 from tuner.training.rendering import RenderedExample
 
@@ -37,6 +38,14 @@ def preference_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
             "rejected": [{"role": "assistant", "content": _text(source)}],
         }
         for index in range(count)
+    ]
+
+
+def labelled_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Two of three are labelled true."""
+    rows = supervised_rows(count, seed=seed)
+    return [
+        {**row, "id": f"l{row['id']}", "label": index % 3 > 0} for index, row in enumerate(rows)
     ]
 
 
@@ -83,14 +92,20 @@ def train_here(config: TrainingConfig) -> list[dict[str, Any]]:
 
 
 def example(
-    prompt: Iterable[int], *completions: Iterable[int], name: str = "e", weight: float = 1.0
+    prompt: Iterable[int],
+    *completions: Iterable[int],
+    name: str = "e",
+    weight: float = 1.0,
+    label: bool | None = None,
 ) -> RenderedExample:
-    """An example of token ids; two completions make a pair."""
+    """An example of token ids; two completions make a pair, a label a labelled one."""
+    alone: Kind = "supervised" if label is None else "labelled"
     return RenderedExample(
         id=name,
-        kind="preference" if len(completions) == 2 else "supervised",
+        kind="preference" if len(completions) == 2 else alone,
         prompt=tuple(prompt),
         completions=tuple(tuple(completion) for completion in completions),
         weight=weight,
         group=name,
+        label=label,
     )

@@ -31,7 +31,7 @@ def test_a_configuration_survives_its_file(settings: dict[str, Any]) -> None:
         ({"learning_rte": 1e-4}, "unknown setting 'learning_rte'"),
         ({"epochs": 0}, "'epochs'"),
         ({"method": "ppo"}, "'method'"),
-        ({"method": "kto"}, "found 'kto', expected 'supervised' or 'dpo'"),
+        ({"method": "kto", "labelled_loss": "bco"}, "'labelled_loss'"),
         ({"r": 64, "max_rank": 16}, "r is 64, above 16"),
         ({"learning_rate": float("nan")}, "learning_rate|JSON"),
     ],
@@ -43,7 +43,10 @@ def test_what_cannot_be_run_is_named(
         TrainingConfig.from_json(json.dumps({**settings, **change}))
 
 
-@pytest.mark.parametrize(("method", "rate", "epochs"), [("supervised", 2e-4, 3), ("dpo", 1e-5, 2)])
+@pytest.mark.parametrize(
+    ("method", "rate", "epochs"),
+    [("supervised", 2e-4, 3), ("dpo", 1e-5, 2), ("kto", 2e-4, 3), ("combined", 2e-4, 3)],
+)
 def test_each_method_has_its_own_defaults(
     settings: dict[str, Any], method: str, rate: float, epochs: int
 ) -> None:
@@ -62,6 +65,9 @@ def test_each_method_has_its_own_defaults(
         ({"threads": 2}, False),
         ({"learning_rate": 1e-4}, False),
         ({"base_revision": "r2"}, False),
+        # As the settings of labelled examples, so that earlier runs are still the same.
+        ({"labelled_loss": "apo_zero_unpaired", "labelled_weight": 2.0}, True),
+        ({"method": "kto"}, False),
     ],
 )
 def test_the_fingerprint_is_of_what_decides_the_adapter(

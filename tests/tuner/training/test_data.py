@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from tests.chat_templates import CHATML, THINKING
 from tests.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS
-from tests.tuner.training.runs import example
+from tests.tuner.training.runs import build_config, example
 from tuner.chat_template import ChatTemplate
 from tuner.control_tokens import ControlTokens
-from tuner.training.data import split_validation
+from tuner.training.data import split_validation, weigh_kinds
 from tuner.training.rendering import Renderer
 from tuner.training.rows import DataError, Row, group_of, read_rows
 
@@ -72,6 +72,28 @@ def test_both_dialects_teach_the_same(tmp_path: Path, tokenizer: Any) -> None:
     assert (one.prompt, one.completions) == (chat.prompt, chat.completions)
     assert (pair.prompt, pair.completions) == (other_pair.prompt, other_pair.completions)
     assert pair.completions[0] == one.completions[0]
+
+
+def test_a_label_is_read_of_labelled_rows_alone(tmp_path: Path) -> None:
+    row = {"prompt": [USER], "completion": [assistant("Yes")]}
+    rows = read(tmp_path, {**row, "label": False}, {**row, "label": True}, row)
+    assert [(one.kind, one.label) for one in rows] == [
+        ("labelled", False), ("labelled", True), ("supervised", None),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="'label' is None; expected true or false"):
+        read(tmp_path, {**row, "kind": "labelled"})
+
+
+def test_every_kind_has_its_weight_where_a_run_combines_them(tmp_path: Path) -> None:
+    examples = [
+        example((5,), (6, 2), weight=0.5),
+        example((5,), (6, 2), (7, 2)),
+        example((5,), (6, 2), label=True),
+    ]
+    changes = {"supervised_weight": 2.0, "preference_weight": 3.0, "labelled_weight": 4.0}
+    for method, weights in (("combined", [1.0, 3.0, 4.0]), ("dpo", [0.5, 1.0, 1.0])):
+        config = build_config(tmp_path, tmp_path, [], method=method, **changes)
+        assert [one.weight for one in weigh_kinds(config, examples)] == weights
 
 
 def test_training_text_is_served_text_up_to_the_end_of_the_turn(
@@ -254,6 +276,7 @@ GOOD = {"prompt": [USER], "completion": [assistant("Yes")]}
         {**GOOD, "completion": [assistant(None, tool_calls=[{"function": SECRET}])]},
         {**GOOD, "completion": [assistant("Yes", cut_off=SECRET)]},
         {**GOOD, "weight": SECRET},
+        {**GOOD, "label": SECRET},
         {**GOOD, "prompt_tokens": SECRET},
         {**GOOD, "template_kwargs": SECRET},
         {**GOOD, "served_at": SECRET},

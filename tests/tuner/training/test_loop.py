@@ -14,6 +14,7 @@ import torch
 from server.engines.proof import FLOOR_NATS, Outcome, judge
 from tests.tuner.training.runs import (
     build_config,
+    labelled_rows,
     preference_rows,
     supervised_rows,
     train_here,
@@ -22,11 +23,12 @@ from tests.tuner.training.runs import (
 from tuner.adapter_checks import check_adapter
 from tuner.adapters import content_hash
 from tuner.base_models import describe_base
+from tuner.methods import Method
 from tuner.training import loop
 from tuner.training.config import TrainingConfig
 from tuner.training.data import NothingToLearn
 from tuner.training.guards import GuardStopped
-from tuner.training.loop import epoch_order, learning_rate
+from tuner.training.loop import learning_rate
 from tuner.training.model import TunedModel
 from tuner.training.probe import MAX_TOKENS
 from tuner.training.rows import DataError, group_of
@@ -42,11 +44,21 @@ def mixed_rows() -> list[dict[str, Any]]:
     return preference_rows(7) + supervised_rows(4)
 
 
-@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def rows_for(method: str) -> list[dict[str, Any]]:
+    """Rows of every kind that the method reads, eleven or more."""
+    return {
+        "supervised": supervised_rows(11),
+        "dpo": mixed_rows(),
+        "kto": labelled_rows(11),
+        "combined": preference_rows(4) + supervised_rows(3) + labelled_rows(7, seed=1),
+    }[method]
+
+
+@pytest.mark.parametrize("method", Method)
 def test_a_run_ends_with_an_adapter_that_engines_can_prove(
     tmp_path: Path, tiny_model: Path, method: str
 ) -> None:
-    rows = supervised_rows(10) if method == "supervised" else mixed_rows()
+    rows = rows_for(method)
     events = train_here(build_config(tmp_path, tiny_model, rows, method=method))
     finished = events[-1]
     assert finished["event"] == "finished"
@@ -74,7 +86,7 @@ def test_a_run_ends_with_an_adapter_that_engines_can_prove(
     assert manifest["seeds"] == {"training": 0}
     assert (manifest["data_hash"], manifest["base_revision"]) == ("d1", "r1")
     assert {"torch", "transformers", "peft", "python"} <= manifest["versions"].keys()
-    assert manifest["examples"] == len(rows)
+    assert manifest["examples"] == sum(manifest["kinds"].values()) == len(rows)
     steps = of(events, "step")
     assert steps[-1]["step"] == steps[-1]["steps"] == manifest["steps"]
     assert steps[-1]["tokens_per_second"] > 0
@@ -98,14 +110,37 @@ def test_dpo_prefers_what_people_chose(tmp_path: Path, tiny_model: Path) -> None
     assert steps[-1]["margin"] > 0.5
 
 
-@pytest.mark.parametrize("method", ["supervised", "dpo"])
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_kto_tells_good_answers_from_bad_ones(tmp_path: Path, tiny_model: Path, loss: str) -> None:
+    rows = labelled_rows(6)
+    config = build_config(
+        tmp_path,
+        tiny_model,
+        rows,
+        method="kto",
+        labelled_loss=loss,
+        batch_size=6,
+        epochs=10,
+        learning_rate=3e-3,
+    )
+    events = train_here(config)
+    computed = "6 labelled examples" + (" and 6 mismatched answers" if loss == "kto" else "")
+    assert of(events, "references")[0]["message"].endswith(f"the base says about {computed}.")
+    steps = of(events, "step")
+    assert steps[0]["labelled_true_reward"] == pytest.approx(0, abs=1e-4)
+    assert steps[-1]["labelled_accuracy"] == 1.0
+    assert steps[-1]["labelled_true_reward"] > 0.2 > -0.2 > steps[-1]["labelled_false_reward"]
+    assert ("labelled_kl" in steps[-1]) is (loss == "kto")
+
+
+@pytest.mark.parametrize("method", Method)
 def test_equal_runs_make_equal_bytes(tmp_path: Path, tiny_model: Path, method: str) -> None:
     hashes = []
     for index, seed in enumerate((5, 5, 6)):
         config = build_config(
             tmp_path / str(index),
             tiny_model,
-            mixed_rows(),
+            rows_for(method),
             method=method,
             seed=seed,
             lora_dropout=0.1,
@@ -120,8 +155,31 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.parametrize(
+    ("method", "rows", "changes"),
+    [
+        ("supervised", supervised_rows(14), {}),
+        ("kto", labelled_rows(9), {"epochs": 2, "checkpoint_every_steps": 1}),
+        (
+            "kto",
+            labelled_rows(9),
+            {"epochs": 2, "checkpoint_every_steps": 1, "labelled_loss": "apo_zero_unpaired"},
+        ),
+        (
+            "combined",
+            labelled_rows(5) + supervised_rows(3) + preference_rows(3),
+            {"epochs": 2, "checkpoint_every_steps": 1, "labelled_loss": "kto"},
+        ),
+    ],
+    ids=["supervised", "kto", "apo_zero_unpaired", "combined"],
+)
 def test_a_run_that_ends_after_any_event_resumes_to_the_same_bytes(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    rows: list[dict[str, Any]],
+    changes: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(loop, "_SECONDS_BETWEEN_EVENTS", 0.0)
 
@@ -129,13 +187,17 @@ def test_a_run_that_ends_after_any_event_resumes_to_the_same_bytes(
         return build_config(
             tmp_path / name,
             tiny_model,
-            supervised_rows(14),
-            lora_dropout=0.1,
-            validation_share=0.4,
-            min_validation=2,
-            patience=None,
-            epochs=3,
-            checkpoint_every_steps=2,
+            rows,
+            **{
+                "method": method,
+                "lora_dropout": 0.1,
+                "validation_share": 0.4,
+                "min_validation": 2,
+                "patience": None,
+                "epochs": 3,
+                "checkpoint_every_steps": 2,
+                **changes,
+            },
         )
 
     whole = train_here(config("whole"))
@@ -224,11 +286,11 @@ def splits(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[
     return sides[0], sides[1]
 
 
-@pytest.mark.parametrize("method", ["supervised", "dpo"])
+@pytest.mark.parametrize("method", Method)
 def test_a_validation_file_takes_the_place_of_the_share(
     tmp_path: Path, tiny_model: Path, method: str
 ) -> None:
-    rows = supervised_rows(14) if method == "supervised" else mixed_rows()
+    rows = supervised_rows(14) if method == "supervised" else rows_for(method)
     changes: dict[str, Any] = {
         "method": method,
         "validation_share": 0.4,
@@ -337,6 +399,18 @@ def test_a_validation_file_that_cannot_serve_is_named(
                 "epochs": 4,
             },
         ),
+        (
+            "guard_chosen_drop",
+            "the answers labelled true have lost .* a larger beta",
+            labelled_rows(8),
+            {
+                "method": "kto",
+                "learning_rate": 0.3,
+                "max_chosen_drop": 0.5,
+                "max_kl": None,
+                "epochs": 4,
+            },
+        ),
     ],
 )
 def test_a_guard_stops_the_run_with_its_reason(
@@ -427,14 +501,3 @@ def test_the_rate_rises_to_its_peak_and_falls_without_reaching_zero(tmp_path: Pa
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert rates[-1] > 0
     assert learning_rate(config, 0, 1) == 1.0
-
-
-def test_the_order_of_an_epoch_follows_from_seed_and_epoch() -> None:
-    orders = {
-        (seed, epoch): epoch_order(20, seed=seed, epoch=epoch)
-        for seed in (0, 1)
-        for epoch in (0, 1)
-    }
-    assert len({tuple(order) for order in orders.values()}) == 4
-    assert all(sorted(order) == list(range(20)) for order in orders.values())
-    assert epoch_order(20, seed=1, epoch=1) == orders[1, 1]
