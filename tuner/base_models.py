@@ -154,7 +154,8 @@ def read_chat_templates(path: Path) -> tuple[str, str | None]:
         named[file.stem] = file.read_text(encoding="utf-8")
     if not isinstance(named.get("default"), str):
         raise BaseModelError(
-            f"{str(path)!r} has no chat template; give the directory of a chat or instruct model"
+            f"{str(path)!r} has no chat template; set model.path to a chat or instruct model, or "
+            "put the base's template there as chat_template.jinja"
         )
     return named["default"], named.get("tool_use")
 

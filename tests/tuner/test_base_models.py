@@ -195,7 +195,7 @@ def test_older_places_of_a_chat_template_are_known(
     ("missing", "said"),
     [
         ("config.json", r"config\.json' is missing"),
-        ("chat_template.jinja", "no chat template"),
+        ("chat_template.jinja", r"no chat template; set model\.path to .* chat_template\.jinja"),
         ("model.safetensors", r"no \*\.safetensors"),
     ],
 )

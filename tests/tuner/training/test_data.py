@@ -190,6 +190,25 @@ def test_an_answer_whose_thoughts_the_template_cuts_is_dropped_alone(
     assert tokenizer.decode(list(found.completions[0])) == "Yes<|im_end|>"
 
 
+def test_every_kind_trains_behind_an_empty_thought_and_not_on_it(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    thinking = {"template_kwargs": {"enable_thinking": True}}
+    rows = read(
+        tmp_path,
+        {"prompt": [USER], "completion": [assistant("Yes")]},
+        {"prompt": [USER], "completion": [assistant("Yes")], "label": True, **thinking},
+        {"prompt": [USER], "chosen": [assistant("Yes")], "rejected": [assistant("No")]},
+    )
+    kinds = frozenset({"supervised", "preference", "labelled"})
+    examples = render_with(tokenizer, THINKING).render(rows, kinds).examples
+    assert len(examples) == 3
+    for one in examples:
+        assert tokenizer.decode(list(one.prompt)).endswith("assistant\n<think>\n\n</think>\n\n")
+        answers = [tokenizer.decode(list(completion)) for completion in one.completions]
+        assert answers == ["Yes<|im_end|>", "No<|im_end|>"][: len(answers)]
+
+
 def test_a_prompt_is_compared_in_the_form_in_which_it_was_served(
     tmp_path: Path, tokenizer: Any
 ) -> None:
