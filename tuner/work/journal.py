@@ -114,10 +114,7 @@ def _to_job_event(event: Event) -> NewEvent:
                 f"{step}: training loss {_figure(event.get('loss'))}", type="metrics", data=figures
             )
         case "validation":
-            words = (
-                f"Epoch {event.get('epoch')}: validation loss {_figure(event.get('loss'))} "
-                "nats per token"
-            )
+            words = f"Epoch {event.get('epoch')}: validation loss {_figure(event.get('loss'))}"
             # The name that OpenAI's metrics have for it: `loss` is a training step's.
             figures["full_valid_loss"] = figures.pop("loss", None)
             return NewEvent(words, type="validation", data=figures)

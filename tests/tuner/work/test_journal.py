@@ -38,7 +38,7 @@ WORDS: list[tuple[dict[str, Any], str, str, str]] = [
         {"event": "validation", "epoch": 1, "loss": 1},
         "info",
         "validation",
-        "Epoch 1: validation loss 1.0000 nats per token",
+        "Epoch 1: validation loss 1.0000",
     ),
     ({"event": "checkpoint", "step": 20}, "info", "checkpoint", "Checkpoint at step 20."),
     ({"event": "restarted", "message": "Again."}, "warn", "message", "Again."),
