@@ -227,7 +227,7 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
     Whoever starts it holds `sole_gateway`.
     """
     await asyncio.to_thread(_interrupt_leftovers, gateway.database)
-    async with present(gateway.database, gateway.id):
+    async with present(gateway.database, gateway.id), leading(gateway.leader):
         await gateway.recorder.start()
         try:
             await gateway.directory.refresh()
@@ -238,8 +238,7 @@ async def running(gateway: Gateway) -> AsyncIterator[None]:
                 asyncio.create_task(gateway.remains.follow()),
             ]
             try:
-                async with leading(gateway.leader):  # given back before anything else ends
-                    yield
+                yield
             finally:
                 tasks += gateway._background
                 for task in tasks:

@@ -133,7 +133,7 @@ class World:
             unknown,
             connect=self._connect,
             look_at=lambda engine_id: self.conductor.look_at(engine_id),
-            monotonic=lambda: self.time,
+            monotonic=self.clock,
         )
         self.conductor = Conductor(
             unknown,
@@ -143,12 +143,17 @@ class World:
             path=lambda content_hash: content_hash,
             traffic=self.chooser,
             publish=self.chooser.show,
-            monotonic=lambda: self.time,
+            monotonic=self.clock,
         )
-        self.pins = Pins(self.chooser, self.conductor.prepare, lambda: self.time)
-        self.tool_calls = ToolCalls(self.chooser, lambda: self.time)
+        self.pins = Pins(self.chooser, self.conductor.prepare, self.clock)
+        self.tool_calls = ToolCalls(self.chooser, self.clock)
         self.roles: list[Weights] = []
         self.assign([Weights(0)] if roles is None else list(roles))
+
+    def clock(self) -> float:
+        """Seconds that tests move on; no two looks at a clock are the same moment."""
+        self.time += 1e-6
+        return self.time
 
     def _connect(self, address: EngineAddress) -> Any:
         return next(engine for engine in self.engines if engine.address == address)

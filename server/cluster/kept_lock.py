@@ -15,6 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
+from datetime import datetime
 from typing import Protocol
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, text
@@ -29,12 +30,12 @@ KEEPALIVE = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count":
 """In seconds and probes: else a read waits for hours on a server whose machine is gone."""
 
 _TAKE = text("SELECT pg_try_advisory_lock(:namespace, :key)")
-_STILL = text("SELECT true")
+_STILL = text("SELECT pg_backend_pid() = :process")
 _PROCESS = text("SELECT pg_backend_pid()")
 _SET = text(
     "SELECT set_config(name, :milliseconds, false) FROM pg_settings WHERE name = :name"
 )  # what this PostgreSQL does not know stays unset
-_LOOKS = 3  #: at the processes behind two sessions: a pooler may give both another one by chance
+_PLACE = text("SELECT current_database(), pg_postmaster_start_time(), pg_is_in_recovery()")
 
 
 class KeptLock:
@@ -58,6 +59,7 @@ class KeptLock:
         }
         self._engine = _create_engine(url, answer_seconds)
         self._connection: Connection | None = None
+        self._process: int | None = None  #: of PostgreSQL, behind the connection
 
     @property
     def connection(self) -> Connection:
@@ -87,7 +89,9 @@ class KeptLock:
         """Whether the lock is held now: it is as long as its connection answers."""
         connection = self._connection or self._connect()
         with connection.begin():
-            return connection.scalar(_STILL if self.holds else _TAKE, self._name) is True
+            if self.holds:
+                return connection.scalar(_STILL, {"process": self._process}) is True
+            return connection.scalar(_TAKE, self._name) is True
 
     def _connect(self) -> Connection:
         self._connection = self._engine.connect()
@@ -96,6 +100,7 @@ class KeptLock:
                 for name, seconds in self._limits.items():
                     limit = {"name": name, "milliseconds": str(int(seconds * 1000))}
                     self._connection.execute(_SET, limit)
+                self._process = self._connection.scalar(_PROCESS)
         except BaseException:
             self.close()  # none is used without its limits
             raise
@@ -124,37 +129,59 @@ def _create_engine(url: URL, answer_seconds: float = CONNECT_SECONDS) -> Engine:
 
 
 def check_direct(database: Database, engine: Engine | None = None) -> None:
-    """Raise DatabaseUnfit where a pooler gives server processes to transactions, not to sessions.
+    """Raise DatabaseUnfit where `database.direct_url` is no place for locks.
 
-    A lock that is taken there belongs to whoever has that process next, and outlives its session.
+    A pooler may give server processes to transactions, not to sessions: a lock that is taken there
+    belongs to whoever has that process next, and outlives its session. And what is locked in
+    another database than the tables are in keeps nobody from them.
     """
     if database.is_sqlite:
         return
     engine = engine or _create_engine(database.direct_url)
     try:
-        seen = _list_processes(engine)
+        keeps_processes = _keeps_processes(engine)
+        place = _find_place(engine)
     except DBAPIError as error:
         where = show_url(database.direct_url.render_as_string(hide_password=False))
         said = str(error.orig).strip().splitlines()[0]
         raise DatabaseUnfit(
             f"PostgreSQL can't be used at {where}: {said}; see database.direct_url"
         ) from None
-    if len(set(seen)) > 1 or seen[0][0] == seen[0][1]:
+    if not keeps_processes:
         raise DatabaseUnfit(
             "two sessions of the database met the same server process: a pooler gives connections "
             "to transactions there, and locks and notifications need sessions; set "
             "database.direct_url to PostgreSQL itself"
         )
+    name, _, is_standby = place
+    if place != _find_place(database.engine) or is_standby:
+        found = f"a standby of {name!r}" if is_standby else f"another database ({name!r})"
+        raise DatabaseUnfit(
+            f"database.direct_url leads to {found}, database.url elsewhere; both must reach the "
+            "same database, database.direct_url without a pooler"
+        )
 
 
-def _list_processes(engine: Engine) -> list[tuple[int, int]]:
-    """Server processes behind two sessions, at several looks."""
+def _keeps_processes(engine: Engine) -> bool:
+    """Whether each of two sessions keeps its own server process, whatever the other one does."""
     with ExitStack() as stack:
-        first, second = (
+        first, second = sessions = [
             stack.enter_context(engine.connect()).execution_options(isolation_level="AUTOCOMMIT")
             for _ in range(2)
-        )
-        return [(first.scalar(_PROCESS), second.scalar(_PROCESS)) for _ in range(_LOOKS)]
+        ]
+        seen = []
+        for busy in sessions:  # its transaction keeps a pooler from giving the process away
+            busy.exec_driver_sql("BEGIN")
+            seen.append((first.scalar(_PROCESS), second.scalar(_PROCESS)))
+            busy.exec_driver_sql("COMMIT")
+    return seen[0] == seen[1] and seen[0][0] != seen[0][1]
+
+
+def _find_place(engine: Engine) -> tuple[str, datetime, bool]:
+    """Which database it is, of which server by its start, and whether it only follows another."""
+    with engine.connect() as connection:
+        name, started, is_standby = connection.execute(_PLACE).one()
+    return name, started, is_standby
 
 
 class Keeper(Protocol):

@@ -17,18 +17,15 @@ from collections.abc import Set as AbstractSet
 
 from feedback.errors import NotReady
 from server.engines.base import Engine, EngineAddress
-from server.engines.picture import Picture, Weights
+from server.engines.picture import LOOK_PAUSE_SECONDS, Picture, Weights
 
 logger = logging.getLogger(__name__)
-
-LOOK_PAUSE_SECONDS = 0.1
-"""Pause between two looks at an engine on which requests keep failing."""
 
 
 class Replica:
     """One engine as requests meet it: a connection, and what of theirs happens there."""
 
-    __slots__ = ("busy", "engine", "id", "look", "running", "suspicions", "used_at")
+    __slots__ = ("busy", "engine", "id", "is_doubted", "look", "running", "suspicions", "used_at")
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -36,6 +33,7 @@ class Replica:
         self.running: dict[str, int] = {}  #: requests by engine name
         self.busy = 0  #: all of them
         self.used_at: dict[str, float] = {}  #: when a request last began, by engine name
+        self.is_doubted = False  #: by the conductor
         self.suspicions = 0  #: requests that failed here since the last look at it began
         self.look: asyncio.Task[None] | None = None
 
@@ -130,6 +128,7 @@ class Chooser:
             else:
                 for name in replica.used_at.keys() - view.adapters.keys():
                     del replica.used_at[name]
+            self.replicas[view.id].is_doubted = view.is_doubted
 
     # The choice
 
@@ -225,9 +224,9 @@ class Chooser:
 
 
 def _burden(replica: Replica) -> tuple[bool, int]:
-    # One on which a request has just failed comes last until it was looked at: what fails at once
+    # One on which something has just failed comes last until it was looked at: what fails at once
     # is never busy.
-    return replica.suspicions > 0, replica.busy
+    return replica.is_doubted or replica.suspicions > 0, replica.busy
 
 
 async def _close(replica: Replica) -> None:

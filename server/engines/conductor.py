@@ -22,7 +22,15 @@ from feedback.errors import NotReady
 from server.engines.base import Engine, EngineAddress, EngineError, EngineUnreachable
 from server.engines.loading import Loader, Mirror, Unfit
 from server.engines.needs import EvaluationSlot, Needs
-from server.engines.picture import EngineStatus, EngineView, Picture, Roles, Traffic, Weights
+from server.engines.picture import (
+    LOOK_PAUSE_SECONDS,
+    EngineStatus,
+    EngineView,
+    Picture,
+    Roles,
+    Traffic,
+    Weights,
+)
 from server.engines.proof import Proof
 from server.engines.reasons import in_public
 
@@ -46,6 +54,7 @@ class Member:
     problems: dict[str, str] = field(default_factory=dict)
     attention: asyncio.Lock = field(default_factory=asyncio.Lock)  #: one look at a time
     may_have_forgotten: bool = False  #: the mirror's names are to be compared with the engine's
+    doubts: int = 0  #: loads and unloads that failed here since the last look at it began
     look: asyncio.Task[None] | None = None
 
     @property
@@ -211,17 +220,31 @@ class Conductor:
             await self._attend(member)
 
     def _doubt(self, member: Member, reason: str) -> None:
-        """A load or an unload failed on `member`: look at it, aside."""
-        logger.info(
-            "Engine suspected",
-            extra={"action": "engine_suspected", "engine": member.id, "reason": reason},
-        )
+        """A load or an unload failed on `member`: look at it, aside.
+
+        Until then requests prefer other engines.
+        """
+        if self.members.get(member.id) is not member:
+            return
+        if not member.doubts:
+            logger.info(
+                "Engine suspected",
+                extra={"action": "engine_suspected", "engine": member.id, "reason": reason},
+            )
+        member.doubts += 1
         member.may_have_forgotten = True
+        self._publish(member.id)
         self._look_aside(member)
 
     def _look_aside(self, member: Member) -> None:
         if member.look is None or member.look.done():
-            member.look = asyncio.create_task(self._attend(member))
+            member.look = asyncio.create_task(self._look(member))
+
+    async def _look(self, member: Member) -> None:
+        await self._attend(member)
+        while member.doubts and self.members.get(member.id) is member:  # more came meanwhile
+            await asyncio.sleep(LOOK_PAUSE_SECONDS)
+            await self._attend(member)
 
     async def _find_members(self) -> None:
         """One member for each address that there is now."""
@@ -241,6 +264,9 @@ class Conductor:
     async def _attend(self, member: Member) -> None:
         """Look at one engine, whose trouble is not the others'."""
         async with member.attention:
+            if self.members.get(member.id) is not member:
+                return  # another has its place by now, and this one's connections are closed
+            doubts = member.doubts
             try:
                 await self._follow_member(member)
             except EngineUnreachable as error:
@@ -256,6 +282,8 @@ class Conductor:
                     "Engine not followed", extra={"action": "follow_failed", "engine": member.id}
                 )
                 self._fail(member, f"{type(error).__name__}: {error}")
+            if member.doubts == doubts:
+                member.doubts = 0
             self._publish(member.id)
 
     async def _follow_member(self, member: Member) -> None:
@@ -392,6 +420,7 @@ class Conductor:
             boot_id=member.boot_id,
             slots=self.loader.slots(member.mirror),
             adapters={name: loaded.proof for name, loaded in member.mirror.loaded.items()},
+            is_doubted=member.doubts > 0,
         )
 
     async def close(self) -> None:

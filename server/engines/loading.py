@@ -47,7 +47,10 @@ class Mirror:
     """One engine and the adapters that it holds."""
 
     engine: Engine
-    loaded: dict[str, Loaded] = field(default_factory=dict)  #: by engine name
+    loaded: dict[str, Loaded] = field(default_factory=dict)
+    """By engine name; what the conductor used last comes last."""
+    unloaded: dict[str, float] = field(default_factory=dict)
+    """Names that are unloaded and may still take room in its memory, and when each was used."""
     base_figures: dict[str, list[list[float]]] = field(default_factory=dict)  #: by adapter id
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  #: of `loaded`, and what changes it
 
@@ -59,6 +62,7 @@ class Mirror:
         """Reset to `names`, all unproven: the engine is another process."""
         self.base_figures.clear()
         self.loaded = {name: Loaded() for name in names}
+        self.unloaded.clear()
 
     def compare(self, names: Sequence[str]) -> None:
         """Make the names those of the engine, whose process is the same: proofs stay."""
@@ -170,6 +174,7 @@ class Loader:
             await self._unload(mirror, evictable[0])
         path = await _read(self._path, content_hash, release)
         await self._touch_what_stays(mirror)
+        await self._make_room(mirror, slots)
         try:
             await engine.load(name, path)
         except EngineRefused as error:
@@ -201,7 +206,7 @@ class Loader:
                 mirror.loaded.pop(name, None)  # the engine has forgotten it; it will be restored
                 self._changed(mirror.id)
             if name in mirror.loaded:
-                mirror.loaded[name].used_at = self._monotonic()
+                self._use(mirror, name, mirror.loaded[name].proof)
 
     async def _prove(self, mirror: Mirror, release: Weights, adapter_id: str) -> Proof:
         name = release.engine_name
@@ -220,7 +225,7 @@ class Loader:
                 code="probe_refused",
             ) from None
         proof = judge(reference, base, figures)
-        mirror.loaded[name] = Loaded(proof, self._monotonic())
+        self._use(mirror, name, proof)
         self._changed(mirror.id)
         logger.info(
             "Adapter probed",
@@ -233,9 +238,30 @@ class Loader:
         )
         return proof
 
+    async def _make_room(self, mirror: Mirror, slots: int) -> None:
+        """Unload what the engine is about to drop from its memory for the next load.
+
+        It drops what was used least recently, and what was unloaded counts until it has aged out.
+        A name that stayed would be read again on its next request, and drop what must stay.
+        """
+        while mirror.unloaded and len(mirror.loaded) + len(mirror.unloaded) >= slots:
+            oldest = min(mirror.unloaded, key=lambda name: mirror.unloaded[name])
+            evictable = self._list_evictable(mirror)
+            if evictable and self._used_at(mirror, evictable[0]) < mirror.unloaded[oldest]:
+                await self._unload(mirror, evictable[0])
+                oldest = evictable[0]
+            mirror.unloaded.pop(oldest, None)
+
+    def _use(self, mirror: Mirror, name: str, proof: Proof | None) -> None:
+        """The engine used it just now: it comes last, also where the clock has not moved."""
+        mirror.loaded.pop(name, None)
+        mirror.loaded[name] = Loaded(proof, self._monotonic())
+
     async def _unload(self, mirror: Mirror, name: str) -> None:
         # Out of the mirror first: nothing is routed to what is on its way out.
-        if mirror.loaded.pop(name, None) is not None:
+        if name in mirror.loaded:
+            mirror.unloaded[name] = self._used_at(mirror, name)
+            del mirror.loaded[name]
             self._changed(mirror.id)
         try:
             await mirror.engine.unload(name)
@@ -243,6 +269,7 @@ class Loader:
             # An unknown name is what was wanted; after any other answer it may still be there.
             if not (isinstance(error, EngineRefused) and error.status == 404):
                 mirror.loaded[name] = Loaded()
+                mirror.unloaded.pop(name, None)
                 self._changed(mirror.id)
                 raise
         logger.info(
@@ -261,11 +288,11 @@ class Loader:
             for name in mirror.loaded
             if name not in protected and not traffic.is_running(mirror.id, name)
         ]
+        return sorted(names, key=lambda name: self._used_at(mirror, name))
 
-        def used_at(name: str) -> float:
-            return max(mirror.loaded[name].used_at, traffic.last_used(mirror.id, name))
-
-        return sorted(names, key=used_at)
+    def _used_at(self, mirror: Mirror, name: str) -> float:
+        used_at = mirror.loaded[name].used_at
+        return max(used_at, self._traffic.last_used(mirror.id, name))
 
 
 async def _read(source: Callable[[str], T], key: str, release: Weights) -> T:

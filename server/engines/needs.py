@@ -82,6 +82,7 @@ class Needs:
 
     def renew_slot(self, token: str, seconds: float) -> EvaluationSlot:
         """Keep the slot for another `seconds`. Raises Conflict when it was lost."""
+        self._drop_expired()
         slot = self._slots.get(token)
         if slot is None:
             raise Conflict(

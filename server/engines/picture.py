@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from server.engines.base import EngineAddress
 from server.engines.proof import Outcome, Proof
 
+LOOK_PAUSE_SECONDS = 0.1  #: between two looks at an engine on which something keeps failing
 MOST_EXPLAINED = 3  #: engines whose state a 503 tells; `readyz` lists them all
 
 
@@ -61,6 +62,7 @@ class EngineView:
     slots: int  #: adapters that it may hold
     adapters: Mapping[str, Proof | None] = field(default_factory=dict)
     """What it holds, by engine name; None: not proven yet."""
+    is_doubted: bool = False  #: a load or an unload failed there, and it was not looked at since
 
     @property
     def id(self) -> str:

@@ -44,11 +44,13 @@ class ToolCalls:
     async def are_parsed(self) -> bool | None:
         """Whether every engine that is ready calls tools; None where one of them doesn't tell."""
         self._drop_gone()
-        found = await asyncio.gather(*map(self._parses, self._chooser.picture.ready))
+        replicas = self._chooser.replicas
+        ready = [(engine, replicas[engine.id]) for engine in self._chooser.picture.ready]
+        found = await asyncio.gather(*(self._parses(*one) for one in ready))
         return False if False in found else None if None in found or not found else True
 
-    async def _parses(self, engine: EngineView) -> bool | None:
-        replica, known = self._chooser.replicas[engine.id], self._known.get(engine.id)
+    async def _parses(self, engine: EngineView, replica: Replica) -> bool | None:
+        known = self._known.get(engine.id)
         if known is None or known.replica is not replica or known.boot_id != engine.boot_id:
             known = self._known[engine.id] = _Known(replica, engine.boot_id)
         if known.parses is None and known.retry_at <= self._monotonic():

@@ -50,6 +50,19 @@ def test_a_pooler_that_gives_processes_to_transactions_is_refused(
     shared.dispose()
 
 
+def test_another_database_than_that_of_the_tables_is_no_place_for_locks(
+    postgres_database: Database,
+) -> None:
+    elsewhere = postgres_database.direct_url.set(database="template1")
+    split = Database(
+        postgres_database.url.render_as_string(hide_password=False),
+        direct_url=elsewhere.render_as_string(hide_password=False),
+    )
+    with pytest.raises(DatabaseUnfit, match=r"leads to another database \('template1'\)"):
+        check_direct(split)
+    split.dispose()
+
+
 def test_an_address_that_nobody_listens_at_is_told_with_its_setting() -> None:
     nowhere = Database("postgresql://pooler/x", direct_url="postgresql://u:secret@127.0.0.1:1/x")
     with pytest.raises(

@@ -204,7 +204,7 @@ def test_a_gateway_that_comes_back_at_the_last_moment_keeps_its_answers(
 def test_a_gateway_that_no_longer_beats_loses_its_lock_without_losing_its_connection(
     postgres_database: Database, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presence, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(presence, "IDLE_SECONDS", 0.5)
     frozen = start("gw_frozen")
     frozen.beat()
     until(lambda: is_free(postgres_database, "gw_frozen"))

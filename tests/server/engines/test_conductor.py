@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from feedback.errors import NotReady
-from server.engines.base import EngineRefused, EngineUnreachable
+from server.engines.base import EngineAddress, EngineRefused, EngineUnreachable
 from server.engines.picture import EngineStatus
 from tests.engine_world import SlotsEngine, Weights, World, looked_at
 
@@ -115,6 +115,52 @@ async def test_a_load_that_fails_takes_the_engine_from_nobody() -> None:
     assert world.picture.serves(Weights(1))
     await looked_at(world.member)
     assert world.picture.serves(Weights(1))
+
+
+async def test_requests_prefer_an_engine_on_which_no_load_has_just_failed() -> None:
+    world = World(engines=[SlotsEngine("engine-0"), SlotsEngine("engine-1")])
+    await world.conductor.reconcile()
+    looking = asyncio.Event()
+
+    async def break_off(_name: str, _path: str) -> None:
+        raise EngineUnreachable("reset")
+
+    async def hang() -> str | None:
+        await looking.wait()
+        return None
+
+    world.engines[0].load = break_off  # type: ignore[method-assign]
+    world.engines[0].find_fault = hang  # type: ignore[method-assign]
+    await world.conductor.prepare(Weights(2))
+    assert world.chooser.choose("tiny").id == "engine-1"
+    looking.set()
+    await looked_at(world.member)
+    assert world.chooser.choose("tiny").id == "engine-0"
+
+
+async def test_an_engine_that_was_replaced_is_looked_at_no_more() -> None:
+    world = World()
+    await world.conductor.reconcile()
+    before, member = world.engines[0], world.member
+    began, broke = asyncio.Event(), asyncio.Event()
+
+    async def break_off(_name: str, _path: str) -> None:
+        began.set()
+        await broke.wait()
+        raise EngineUnreachable("reset")
+
+    before.load = break_off  # type: ignore[method-assign]
+    preparing = asyncio.ensure_future(world.conductor.prepare(Weights(2)))
+    await began.wait()
+    after = SlotsEngine()
+    after.address = EngineAddress("engine-0", "http://elsewhere")
+    world.engines[0] = after
+    await world.conductor.reconcile()
+    broke.set()
+    with pytest.raises(NotReady):
+        await preparing
+    assert world.member is not member
+    assert (member.look, member.doubts) == (None, 0)
 
 
 async def test_one_engine_s_trouble_is_not_the_other_s() -> None:

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from server.engines.base import EngineRefused
-from tests.engine_world import World
+from server.engines.picture import Picture
+from tests.engine_world import CAPACITY, World
 
 pytestmark = pytest.mark.anyio
 
@@ -34,3 +35,12 @@ async def test_an_engine_is_asked_once_whether_it_calls_tools_however_many_want_
     world.engines[0].restart()
     await world.conductor.reconcile()
     assert (await world.tool_calls.are_parsed(), asked) == (True, 2)
+
+
+async def test_an_engine_that_goes_while_it_is_asked_is_no_fault_of_the_question() -> None:
+    world = World()
+    await world.conductor.reconcile()
+    asked = asyncio.ensure_future(world.tool_calls.are_parsed())
+    await asyncio.sleep(0)  # the questions are made, and none has begun
+    world.chooser.show(Picture("tiny", CAPACITY))
+    assert await asked is None
