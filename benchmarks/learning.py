@@ -13,6 +13,8 @@ log-likelihood of `--general-text`, plain text that nothing was trained on.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -76,6 +78,7 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     options = read_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service ends with it
     bench = Bench(options.work, options.results, options.general_text)
     cells = list_needed() if options.needed else []
     crowds = product(options.wish, options.kinds, options.seed)

@@ -2,9 +2,9 @@
 
 Reads one JSON object from standard input (`base`, `adapter` or null, `text`, `tokens`, `chats`) and
 prints one: the negative log-likelihood of plain text in nats per token, of the base without an
-adapter, and the divergence `KL(base ‖ tuned)` in nats per token over `chats`, pairs of a prompt and
-the base's own answer. The text is read as it is, in pieces of 1024 tokens: no template and no end
-token.
+adapter, and the divergence `KL(base ‖ tuned)` in nats per token over `chats`, pairs of messages
+and the base's own answer. The text is read as it is, in pieces of 1024 tokens: no template and no
+end token.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     if pieces:
         found["nll"] = text_nll(tuned, pieces)
     chats = []
-    for prompt, answer in asked["chats"]:
-        turns = [{"role": "user", "content": prompt}]
+    for turns, answer in asked["chats"]:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         encoded = [tokenizer.encode(part, add_special_tokens=False) for part in (text, answer)]
         if encoded[1]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ class Bench:
         found: dict[str, str] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
         prompts = [prompt.text for prompt in HELD_OUT]
         missing = [prompt for prompt in prompts if prompt not in found]
+        random.Random(0).shuffle(missing)  # what is there after a kill is of every task
         if missing and api is None:
             with self.served("base") as api:
                 return self.base_answers(api)
@@ -145,7 +147,8 @@ class Bench:
                 kept.write_text(json.dumps(measure_forgetting(asked)))
             found = {"general_text": name, **json.loads(kept.read_text())}
         step = max(1, len(HELD_OUT) // KL_CHATS)
-        chats = [*self.base_answers().items()][::step][:KL_CHATS]
+        some = [*self.base_answers().items()][::step][:KL_CHATS]
+        chats = [(service.messages(prompt), answer) for prompt, answer in some]
         tuned = measure_forgetting({**asked, "adapter": str(adapter), "chats": chats})
         change = tuned["nll"] / found["base_nll"] - 1 if self.general else None
         return {
@@ -243,12 +246,13 @@ class Clock:
 def outcomes(wish: Wish, answers: Sequence[str]) -> dict[str, Any]:
     """How often held-out answers meet the wish, and which do: one digit a prompt, in order."""
     prompts = [prompt.text for prompt in HELD_OUT]
+    how = f"{service.SYSTEM} {service.MAX_TOKENS}"
     met = [wish.is_met(prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
     return {
         "met": sum(met),
         "asked": len(met),
         "outcomes": "".join("01"[each] for each in met),
-        "held_out": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "held_out": hashlib.sha256("\n".join([how, *prompts]).encode()).hexdigest()[:16],
         "words": round(mean(len(text.split()) for text in answers), 1),
         "repeated": round(mean(map(repeated_ratio, answers)), 4),
     }

@@ -24,9 +24,10 @@ from server.processes.engine import answers_ok, free_port
 
 DEPLOYMENT = "assistant"
 BASE = f"{DEPLOYMENT}@0"
+SYSTEM = "Keep your answers short."  #: in every request, as an application would send it
 MAX_TOKENS = 128
 THREADS = 16  #: what the engine answers at once without a GPU
-BLOCK = 64  #: answers that are asked for before what came is written down
+BLOCK = 32  #: answers that are asked for before what came is written down
 START_SECONDS = 900.0
 ENDED = ("succeeded", "failed", "cancelled", "paused")
 
@@ -47,14 +48,20 @@ def service(data: Path, model: Path) -> Iterator[Api]:
     log, url = data / "serve.log", f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-P", "-m", "server.cli", "serve", "--data", str(data)]
     command += ["--model", str(model), "--port", str(port)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("BURNISH_")}
+    environment = {  # how the engine runs is the machine's business; all else is as by default
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("BURNISH_") or name.startswith("BURNISH_ENGINE__")
+    }
     with log.open("ab") as output:
         child = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not answers_ok(f"{url}/readyz"):
             if child.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"burnish serve does not start: {log.read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"burnish serve does not start: {log.read_text().splitlines()[-3:]}"
+                )
             # Other processes start: there is nothing to wait on but the port.
             time.sleep(0.5)
         api = Api(url, read_credentials(data)["api_key"])
@@ -66,17 +73,22 @@ def service(data: Path, model: Path) -> Iterator[Api]:
         if child.poll() is None:
             child.send_signal(signal.SIGINT)
         try:
-            child.wait(60)
+            child.wait(120)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def messages(prompt: str) -> list[dict[str, str]]:
+    """A request's turns."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
 
 
 def ask(api: Api, model: str, prompt: str, **options: Any) -> Asked:
     """One answer of `model`; greedy unless the options say otherwise."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": messages(prompt),
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
         **options,

