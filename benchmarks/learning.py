@@ -8,6 +8,9 @@ evaluates and promotes, through the official API alone; then held-out prompts ab
 are asked greedily. Each cell (wish, kinds, size, seed, recipe) is a line of the file of results,
 and a run goes on where the last one ended. What it costs elsewhere is the change of the negative
 log-likelihood of `--general-text`, plain text that nothing was trained on.
+
+It is in work: the crowd and its judgements were tried on the fake engine, no cell has been run on
+the real one yet, and the base's rates behind the choice of wishes are provisional.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from benchmarks.crowd.prompts import HELD_OUT
 from benchmarks.crowd.results import Cell, list_needed, list_open, read_results, wilson
 from benchmarks.crowd.running import Bench, outcomes, say
 from benchmarks.crowd.wishes import REPORTED, TUNING, WISHES
-from tuner.methods import HYPERPARAMETERS, IMPLEMENTED
+from tuner.methods import HYPERPARAMETERS, Method
 
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 
@@ -71,7 +74,7 @@ def read_options() -> argparse.Namespace:
     one.add_argument("--people", type=int, default=PEOPLE)
     one.add_argument("--size", type=int, nargs="+", choices=SIZES, default=[200])
     one.add_argument("--seed", type=int, nargs="+", default=[1])
-    one.add_argument("--method", nargs="+", choices=IMPLEMENTED, default=[IMPLEMENTED[0]])
+    one.add_argument("--method", nargs="+", choices=tuple(Method), default=[Method.SUPERVISED])
     one.add_argument("--set", nargs="+", type=read_setting, default=[], metavar="NAME=VALUE")
     return parser.parse_args()
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from benchmarks.crowd.people import PEOPLE, SIZES, Kinds
 from benchmarks.crowd.wishes import REPORTED
-from tuner.methods import IMPLEMENTED, Method
+from tuner.methods import Method
 
 Row = dict[str, Any]
 BASE: Final = "base"  #: the method of the rows that say what the untuned base does
@@ -59,7 +59,7 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
     return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
 
 
-def list_needed(methods: Sequence[str] = IMPLEMENTED) -> list[Cell]:
+def list_needed(methods: Sequence[str] = tuple(Method)) -> list[Cell]:
     """What the project shows, the most telling first; cells of one crowd stand together.
 
     `combined` at 200 judgements, then at the other sizes; one kind alone; one person; more seeds;
