@@ -17,7 +17,7 @@ def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.01)  # there is no event to wait for
 
 
 def shorten(limit: str, session: Connection | Session, seconds: int) -> None:

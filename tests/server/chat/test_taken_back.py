@@ -214,7 +214,7 @@ async def test_what_a_writer_had_kept_or_was_to_take_back_when_it_died_is_done_b
             recorder.process.send_signal(signal.SIGSTOP)
             dead = recorder._link
             recorder.process.kill()
-            await until(lambda dead=dead: recorder._link is not dead)  # type: ignore[misc]
+            await until(lambda dead=dead: recorder._link is not dead)  # type: ignore[misc] - bound
         await until(lambda: recorder.depth == 0 and recorder._link is not None)
         await until(lambda: set(_statuses(sqlite_database)) == {AnswerStatus.INTERRUPTED})
     assert recorder.lost == 0
@@ -248,7 +248,7 @@ class _Pieces(dict[int, tuple[bytes, bytes]]):
 @pytest.mark.anyio
 async def test_how_far_the_writer_is_behind_is_known_without_a_look_at_the_queue() -> None:
     link = Link(lambda _report: None, lambda _link: None)
-    link.connection_made(_Transport())  # type: ignore[arg-type]
+    link.connection_made(_Transport())  # type: ignore[arg-type] - all that is asked of it
     link._unsent = _Pieces()
     for number in range(1, 4):
         link.send(ENDED, number, b"x" * 100)

@@ -247,11 +247,11 @@ def test_a_move_in_another_gateway_loses_no_generation(sqlite_gateway: RunningGa
             moves.move_production(session, "assistant", 2, expected_generation=0)
         return await prepare(*args, **more)
 
-    conductor.prepare = prepare_while_another_moves  # type: ignore[method-assign]
+    conductor.prepare = prepare_while_another_moves  # type: ignore[method-assign] - this one alone
     with pytest.raises(Conflict) as refused:
         sqlite_gateway.promote(first.name)
     assert refused.value.code == "generation_conflict"
-    conductor.prepare = prepare  # type: ignore[method-assign]
+    conductor.prepare = prepare  # type: ignore[method-assign] - this one alone
     sqlite_gateway.refresh()
     sqlite_gateway.reconcile()
     assert ask(sqlite_gateway, sqlite_gateway.key("anna")) == (second.name, second.signature)

@@ -848,7 +848,7 @@ def test_what_the_template_sees_is_recorded_in_the_order_it_was_sent(
     client = sqlite_gateway.client(sqlite_gateway.key("anna"))
     tools = [{"type": "function", "function": {"parameters": {"z": {}, "a": {}}, "name": "f"}}]
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    asked = chat(parts, tools=tools, tool_choice="none")  # type: ignore[arg-type]
+    asked = chat(parts, tools=tools, tool_choice="none")  # type: ignore[arg-type] - parts
     answer = client.post(CHAT, json=asked).json()
     sent = gateway_engine.requests[-1].body
     kept = text(sqlite_gateway, answer["id"])

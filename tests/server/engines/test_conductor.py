@@ -22,7 +22,7 @@ async def test_an_engine_that_cannot_unload_keeps_the_others_from_nothing() -> N
     async def refuse(_name: str) -> None:
         raise EngineRefused(500, "no")
 
-    world.engines[0].unload = refuse  # type: ignore[method-assign]
+    world.engines[0].unload = refuse  # type: ignore[method-assign] - this engine alone
     await world.conductor.trim()
     assert world.engines[1].slots.served == {}
     await looked_at(world.member)
@@ -68,7 +68,7 @@ async def test_a_look_at_a_hung_engine_holds_up_no_other() -> None:
     async def hang() -> None:
         await asyncio.Event().wait()
 
-    hung.find_fault = hang  # type: ignore[assignment, method-assign]
+    hung.find_fault = hang  # type: ignore[assignment, method-assign] - this engine alone
     following = asyncio.create_task(world.conductor.follow(0.001))
     async with asyncio.timeout(5):
         while not world.picture.is_ready:
@@ -109,7 +109,7 @@ async def test_a_load_that_fails_takes_the_engine_from_nobody() -> None:
     async def break_off(_name: str, _path: str) -> None:
         raise EngineUnreachable("reset")
 
-    world.engines[0].load = break_off  # type: ignore[method-assign]
+    world.engines[0].load = break_off  # type: ignore[method-assign] - this engine alone
     with pytest.raises(NotReady, match="no engine could load 'assistant@2'"):
         await world.conductor.prepare(Weights(2))
     assert world.picture.serves(Weights(1))
@@ -129,8 +129,8 @@ async def test_requests_prefer_an_engine_on_which_no_load_has_just_failed() -> N
         await looking.wait()
         return None
 
-    world.engines[0].load = break_off  # type: ignore[method-assign]
-    world.engines[0].find_fault = hang  # type: ignore[method-assign]
+    world.engines[0].load = break_off  # type: ignore[method-assign] - this engine alone
+    world.engines[0].find_fault = hang  # type: ignore[method-assign] - this engine alone
     await world.conductor.prepare(Weights(2))
     assert world.chooser.choose("tiny").id == "engine-1"
     looking.set()
@@ -149,7 +149,7 @@ async def test_an_engine_that_was_replaced_is_looked_at_no_more() -> None:
         await broke.wait()
         raise EngineUnreachable("reset")
 
-    before.load = break_off  # type: ignore[method-assign]
+    before.load = break_off  # type: ignore[method-assign] - this engine alone
     preparing = asyncio.ensure_future(world.conductor.prepare(Weights(2)))
     await began.wait()
     after = SlotsEngine()
@@ -165,7 +165,7 @@ async def test_an_engine_that_was_replaced_is_looked_at_no_more() -> None:
 
 async def test_one_engine_s_trouble_is_not_the_other_s() -> None:
     world = World(engines=[SlotsEngine("engine-0"), SlotsEngine("engine-1")])
-    world.engines[0].list_models = _broken  # type: ignore[method-assign]
+    world.engines[0].list_models = _broken  # type: ignore[method-assign] - this engine alone
     await world.conductor.reconcile()
     assert world.chooser.choose("tiny").id == "engine-1"
     assert "KeyError" in world.view.reason

@@ -74,7 +74,7 @@ async def test_noise_is_tolerated_for_an_evaluation_and_its_release_answers_nobo
         figures = await exact(model, prompts)
         return [[x + (3 if i % 2 else -3) for i, x in enumerate(row)] for row in figures]
 
-    engine.prompt_logprobs = noisy  # type: ignore[method-assign]
+    engine.prompt_logprobs = noisy  # type: ignore[method-assign] - this engine alone
     await world.conductor.take_evaluation_slot(Weights(1), "a", 60)
     assert world.picture.serves(Weights(1), tolerate_noise=True)
     assert not world.picture.serves(Weights(1))
