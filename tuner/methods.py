@@ -163,6 +163,15 @@ HYPERPARAMETERS: Final[Mapping[str, Hyperparameter | Choice]] = {
         "of the likelihood term in DPO",
         methods=frozenset({Method.DPO, Method.COMBINED}),
     ),
+    "copied_weight": Hyperparameter(
+        "copied_weight",
+        float,
+        1e-6,
+        1.0,
+        0.1,
+        "of tokens that a correction repeats from the answer",
+        methods=_ALL - {Method.KTO},
+    ),
     "labelled_loss": Choice(
         "labelled_loss",
         ("kto", "apo_zero_unpaired"),

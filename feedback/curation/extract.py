@@ -200,7 +200,14 @@ def _supervise(facts: AnswerFacts, verdict: Verdict, policy: Policy) -> Example:
     answer = _find_message(facts, verdict.choice_index)
     if answer is not None and _say_the_same(correction, answer):
         raise _Dropped(DropReason.UNCHANGED_CORRECTION)
-    return _build(ExampleKind.SUPERVISED, facts, verdict, policy, {"completion": [correction]})
+    return _build(
+        ExampleKind.SUPERVISED,
+        facts,
+        verdict,
+        policy,
+        {"completion": [correction]},
+        corrects=None if answer is None or _is_too_long(answer, policy) else answer,
+    )
 
 
 def _correct(facts: AnswerFacts, verdict: Verdict, policy: Policy) -> Example:
@@ -256,8 +263,12 @@ def _find_completion(
     return _check_length(message, policy)
 
 
+def _is_too_long(message: Message, policy: Policy) -> bool:
+    return len(_flatten(message)) > policy.max_completion_chars
+
+
 def _check_length(message: Message, policy: Policy) -> Message:
-    if len(_flatten(message)) > policy.max_completion_chars:
+    if _is_too_long(message, policy):
         raise _Dropped(DropReason.COMPLETION_TOO_LONG)
     return message
 
@@ -318,8 +329,13 @@ def _build(
     taught: dict[str, Any],
     *,
     claim_targets: Iterable[tuple[str, Message, bool]] = (),
+    corrects: Message | None = None,
 ) -> Example:
-    """The row and the feature. Its id is a hash of what it teaches, and of nothing else."""
+    """The row and the feature. Its id is a hash of what it teaches, and of nothing else.
+
+    `corrects`: the answer that `taught` is a better one for. It shows what was changed, and teaches
+    nothing itself.
+    """
     prompt = [
         {key: value for key, value in message.items() if key != OURS} for message in facts.messages
     ]
@@ -338,6 +354,8 @@ def _build(
         "template_hash": facts.template_hash,
         "weight": 1.0,
     }
+    if corrects is not None:
+        row["corrects"] = [corrects]
     if facts.template_kwargs:
         row["template_kwargs"] = facts.template_kwargs
     if facts.served_at is not None:

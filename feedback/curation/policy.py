@@ -107,7 +107,7 @@ class Policy(BaseModel):
         return _hash({"version": EXTRACTION_VERSION, **self.model_dump(mode="json", include=mine)})
 
 
-EXTRACTION_VERSION = 5
+EXTRACTION_VERSION = 6
 """Raised when `extract` makes something else of the same answer: nothing old is used then."""
 
 

@@ -126,7 +126,22 @@ def test_a_large_edit_teaches_the_completion_and_the_preference() -> None:
     assert [row["kind"] for row in rows] == ["supervised", "preference"]
     assert rows[0]["completion"] == rows[1]["chosen"] == [BETTER]
     assert rows[1]["rejected"] == [{"role": "assistant", "content": "Water from the sky."}]
+    assert rows[0]["corrects"] == rows[1]["rejected"]
+    assert "corrects" not in rows[1]
     assert drops == []
+
+
+def test_what_a_correction_was_of_is_no_part_of_what_it_teaches() -> None:
+    verdict = build_verdict("correction", BETTER)
+    (one, *_), _ = make(build_facts(), verdict)
+    (other, *_), _ = make(build_facts(reply="It is wet outside."), verdict)
+    assert one["id"] == other["id"]
+    assert one["corrects"] != other["corrects"]
+    (alone,), _ = make(build_facts(status="failed", choices=()), verdict)
+    assert "corrects" not in alone
+    tight = Policy(max_completion_chars=len(BETTER["content"]))
+    (short, *_), _ = make(build_facts(reply="Rain. " * 50), verdict, policy=tight)
+    assert "corrects" not in short
 
 
 @pytest.mark.parametrize(

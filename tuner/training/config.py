@@ -109,6 +109,13 @@ class TrainingConfig(BaseModel):
         description="Weight of the chosen answers' own likelihood beside DPO.",
     )
 
+    copied_weight: float = Field(
+        default=default_of("copied_weight"),
+        gt=0,
+        le=1,
+        description="Weight of tokens in a better answer that are copied from the worse one.",
+    )
+
     labelled_loss: Literal["kto", "apo_zero_unpaired"] | None = Field(
         default_factory=partial(_default_in, "labelled_loss"),
         description="KTO, or its form without a KL term; None where no labelled examples are read.",

@@ -51,8 +51,9 @@ class Whole:
 class Objective:
     """The loss of supervised examples, preference pairs and labelled examples.
 
-    Supervised examples: mean negative log-likelihood per completion token. Pairs: DPO, plus
-    `sft_weight` times the same of the chosen answers. Labelled examples: KTO, or its form without a
+    Supervised examples: mean negative log-likelihood per completion token; a token that was copied
+    from the answer that an example corrects weighs `copied_weight`. Pairs: DPO, plus `sft_weight`
+    times the same of the chosen answers. Labelled examples: KTO, or its form without a
     KL term. `references` holds the reference values of each pair, labelled example and mismatched
     answer by its content hash.
     """
@@ -93,7 +94,7 @@ class Objective:
         labelled = by_kind.get("labelled", [])
         return Whole(
             weights={kind: _weigh(found) for kind, found in by_kind.items()},
-            token_weights={kind: _weigh_tokens(found) for kind, found in by_kind.items()},
+            token_weights={kind: self._weigh_tokens(found) for kind, found in by_kind.items()},
             chosen_tokens=_count_tokens(by_kind.get("preference", [])),
             label_weights={
                 label: _weigh(one for one in labelled if one.label is label)
@@ -136,8 +137,8 @@ class Objective:
         self, computed: Sequence[_Computed], whole: Whole
     ) -> tuple[Tensor, Metrics]:
         """What they add to the mean negative log-likelihood of the supervised ones in `whole`."""
-        loss, found = _likelihood(computed)
-        share = _weigh_tokens(one for one, _ in computed) / whole.token_weights["supervised"]
+        loss, found = self._likelihood(computed)
+        share = self._weigh_tokens(one for one, _ in computed) / whole.token_weights["supervised"]
         return share * loss, {"nll": share * found["nll"]}
 
     def _pair_part(self, computed: Sequence[_Computed], whole: Whole) -> tuple[Tensor, Metrics]:
@@ -151,8 +152,8 @@ class Objective:
         metrics["dpo"] = share * float(loss.detach())
         total = share * loss
 
-        likelihood, found_metrics = _likelihood(computed)
-        share = _weigh_tokens(one for one, _ in computed) / whole.token_weights["preference"]
+        likelihood, found_metrics = self._likelihood(computed)
+        share = self._weigh_tokens(one for one, _ in computed) / whole.token_weights["preference"]
         if self._config.sft_weight is not None:
             total = total + self._config.sft_weight * share * likelihood
         metrics["chosen_nll"] = share * found_metrics["nll"]
@@ -194,6 +195,23 @@ class Objective:
         if len(true):
             metrics["labelled_drop"] = -float(true.detach().sum()) / whole.true_tokens
         return share * loss, metrics
+
+    def _likelihood(self, computed: Sequence[_Computed]) -> tuple[Tensor, Metrics]:
+        """Negative log-likelihood per token of the (chosen) completions, by the tokens' weights."""
+        logprobs = torch.cat([found[0] for _, found in computed])
+        weights = [weight for one, _ in computed for weight in self._token_weights(one)]
+        return supervised_loss(logprobs, logprobs.new_tensor(weights))
+
+    def _token_weights(self, example: RenderedExample) -> list[float]:
+        """Of the (chosen) completion: the row's, and less for tokens that are only copied."""
+        if example.changed is None:
+            return [example.weight] * len(example.completions[0])
+        copied = self._config.copied_weight
+        return [example.weight * (1.0 if each else copied) for each in example.changed]
+
+    def _weigh_tokens(self, examples: Iterable[RenderedExample]) -> float:
+        """Weights of all tokens of the (chosen) completions."""
+        return math.fsum(weight for one in examples for weight in self._token_weights(one))
 
     def _weighed_gains(self, computed: Sequence[_Computed]) -> tuple[Tensor, Tensor]:
         """What each answer gained on the base, and its weight; both empty without any."""
@@ -242,20 +260,8 @@ _Computed = tuple[RenderedExample, Sequence[Tensor]]
 """An example, and the log-probabilities of each of its completions' tokens."""
 
 
-def _likelihood(computed: Sequence[_Computed]) -> tuple[Tensor, Metrics]:
-    """Negative log-likelihood per token of the (chosen) completions, by their rows' weights."""
-    chosen = [(example, logprobs[0]) for example, logprobs in computed]
-    weights = [logprobs.new_full((len(logprobs),), example.weight) for example, logprobs in chosen]
-    return supervised_loss(torch.cat([logprobs for _, logprobs in chosen]), torch.cat(weights))
-
-
 def _weigh(examples: Iterable[RenderedExample]) -> float:
     return math.fsum(example.weight for example in examples)
-
-
-def _weigh_tokens(examples: Iterable[RenderedExample]) -> float:
-    """Weights of all tokens of the (chosen) completions."""
-    return math.fsum(example.weight * len(example.completions[0]) for example in examples)
 
 
 def _count_tokens(examples: Iterable[RenderedExample]) -> int:

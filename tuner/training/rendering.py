@@ -26,6 +26,7 @@ from tuner.chat_template import (
 )
 from tuner.control_tokens import ControlTokens
 from tuner.crashes import describe_crash
+from tuner.training.edits import mark_changes
 from tuner.training.rows import DataError, Message, Row, group_of
 
 WHAT_TO_DO: Mapping[str, str] = {
@@ -62,6 +63,9 @@ class RenderedExample:
     #: split
     group: str
     label: bool | None = None  #: of a labelled example: whether the answer was called good
+    #: of a better answer: which tokens of it (`completions[0]`) aren't copied from the worse one;
+    #: None where no worse one is known
+    changed: tuple[bool, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -178,8 +182,28 @@ class Renderer:
         if length > self._max_length:
             return "too_long"
         return RenderedExample(
-            row.id, row.kind, prompt, completions, row.weight, group_of(row.prompt), row.label
+            row.id,
+            row.kind,
+            prompt,
+            completions,
+            row.weight,
+            group_of(row.prompt),
+            row.label,
+            self._mark_changes(row, completions),
         )
+
+    def _mark_changes(
+        self, row: Row, completions: Sequence[tuple[int, ...]]
+    ) -> tuple[bool, ...] | None:
+        if row.kind == "preference":
+            return mark_changes(completions[1], completions[0])
+        if row.corrects is None:
+            return None
+        try:
+            worse = self._render_answer(row, [row.corrects])[1]
+        except (TemplateRefused, AnswerRewritten):  # the better answer can be learned from alone
+            return None
+        return mark_changes(without_end(worse), completions[0])
 
     def _render_answer(
         self, row: Row, messages: Sequence[Message]

@@ -36,6 +36,7 @@ class Row:
     completions: tuple[tuple[Message, ...], ...]  #: of a preference: chosen, rejected
     weight: float = 1.0
     label: bool | None = None  #: of a labelled row alone
+    corrects: Message | None = None  #: of a supervised row: the answer that it is a better one for
     tools: tuple[Any, ...] | None = None
     prompt_tokens: int | None = None  #: length of the rendered prompt when it was served
     #: what the template was given with it when it was served, as `enable_thinking`
@@ -105,6 +106,8 @@ def _parse(row: Any) -> Iterator[Row]:
         answers = tuple(_answer(row, key) for key in keys[kind])
         if kind == "labelled":
             common["label"] = _label(row)
+        if kind == "supervised" and row.get("corrects") is not None:
+            (common["corrects"],) = _answer(row, "corrects")
         yield Row(row_id, kind, _messages(row, "prompt"), answers, **common)
 
 

@@ -124,6 +124,26 @@ def test_an_answer_that_was_cut_off_teaches_no_end(
     assert said == [["Yes<|im_end|>", "No, be"], ["No, be"], ["No, be<|im_end|>"]]
 
 
+def test_what_a_better_answer_changed_is_marked(tmp_path: Path, tokenizer: Any) -> None:
+    better, worse = [assistant("Yes, it is so. Gladly!")], [assistant("Yes, it is so.")]
+    rows = read(
+        tmp_path,
+        {"prompt": [USER], "completion": better, "corrects": worse},
+        {"prompt": [USER], "chosen": better, "rejected": worse},
+        {"prompt": [USER], "completion": better, "corrects": None},
+    )
+    rendered = render_with(tokenizer).render(rows, frozenset({"supervised", "preference"}))
+    correction, pair, alone = rendered.examples
+    assert correction.changed == pair.changed
+    assert alone.changed is None
+    marked = [
+        token
+        for token, mark in zip(correction.completions[0], correction.changed or (), strict=True)
+        if mark
+    ]
+    assert tokenizer.decode(marked) == " Gladly!<|im_end|>"
+
+
 def test_every_answer_of_a_conversation_teaches_but_those_of_weight_0(tmp_path: Path) -> None:
     turns = [USER, assistant("One", weight=0), USER, assistant("Two"), USER, assistant("Three")]
     rows = read(tmp_path, {"id": "c", "messages": turns})

@@ -249,6 +249,22 @@ def test_supervised_examples_beside_pairs_weigh_by_their_number(tuned: TunedMode
     assert both == pytest.approx((5 * alone + 3 * likelihood) / 8, abs=1e-5)
 
 
+def test_copied_tokens_weigh_less_and_pairs_compare_whole_answers(tuned: TunedModel) -> None:
+    (pair, *_) = pairs()
+    chosen = pair.completions[0]
+    marks = tuple(index % 2 == 0 for index in range(len(chosen)))
+    correction = replace(example(pair.prompt, chosen, name="s"), changed=marks)
+    (logprobs,) = tuned.sequence_logprobs([(pair.prompt, chosen)])
+    weights = torch.tensor([1.0 if mark else 0.25 for mark in marks])
+    expected = -float((weights * logprobs).sum() / weights.sum())
+    settings = {"copied_weight": 0.25, "batch_tokens": 10_000}
+    assert our_loss(tuned, [correction], **settings)[0] == pytest.approx(expected, abs=1e-5)
+    _, plain = our_loss(tuned, [pair], **settings)
+    _, marked = our_loss(tuned, [replace(pair, changed=marks)], **settings)
+    assert marked["chosen_nll"] == pytest.approx(expected, abs=1e-5)
+    assert marked["dpo"] == pytest.approx(plain["dpo"], abs=1e-6)
+
+
 def test_a_weight_counts_like_a_repetition() -> None:
     once, weights = torch.tensor([-1.0, -3.0]), torch.tensor([2.0, 1.0])
     twice = torch.tensor([-1.0, -1.0, -3.0])
