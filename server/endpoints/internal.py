@@ -40,16 +40,24 @@ class SlotRequest(Body):
     release: str
 
 
-class ScoreItem(Part):
+class AnswerItem(Part):
+    """An answer to score given its prompt."""
+
     prompt: Annotated[list[dict[str, Any]], Field(min_length=1)]
     completion: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1)]
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] | None = None
 
 
+class TextItem(Part):
+    """A plain text to score, as it is."""
+
+    text: Annotated[str, Field(min_length=1, max_length=16_384)]
+
+
 class ScoreRequest(Body):
     model: str
-    items: Annotated[list[ScoreItem], Field(min_length=1, max_length=64)]
+    items: Annotated[list[AnswerItem | TextItem], Field(min_length=1, max_length=64)]
 
 
 @router.post("/evaluation-slot", status_code=201)
@@ -79,7 +87,10 @@ async def give_slot_back(token: str, _caller: CallerDep, gateway: GatewayDep) ->
 
 @router.post("/score")
 async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> dict[str, Any]:
-    """Log-probability of each completion given its prompt, in nats, summed over its tokens."""
+    """Log-probability of each completion given its prompt, in nats, summed over its tokens.
+
+    Of a plain text all tokens count but the first, which stands for the prompt.
+    """
     engine_name = gateway.base.name
     if body.model != gateway.base.name:
         release = gateway.directory.snapshot.find_release(body.model)
@@ -89,9 +100,7 @@ async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> 
     replica = gateway.chooser.choose(engine_name)
     try:
         with gateway.chooser.run(replica, engine_name):
-            prepared = [
-                await tokenize_item(replica.engine, gateway.base, item) for item in body.items
-            ]
+            prepared = [await _tokenize(replica.engine, gateway.base, item) for item in body.items]
             wanted = [full for full in prepared if isinstance(full, tuple)]
             figures = (
                 await replica.engine.prompt_logprobs(engine_name, [ids for _, ids in wanted])
@@ -122,8 +131,19 @@ async def score(body: ScoreRequest, _caller: CallerDep, gateway: GatewayDep) -> 
     return {"items": items}
 
 
+async def _tokenize(
+    engine: Engine, base: BaseModel, item: AnswerItem | TextItem
+) -> tuple[int, list[int]] | str:
+    if isinstance(item, AnswerItem):
+        return await tokenize_item(engine, base, item)
+    ids = await engine.tokenize_text(base.name, item.text)
+    if len(ids) < 2:
+        return "empty"
+    return "too_long" if len(ids) >= _longest(engine, base) else (1, ids)
+
+
 async def tokenize_item(
-    engine: Engine, base: BaseModel, item: ScoreItem
+    engine: Engine, base: BaseModel, item: AnswerItem
 ) -> tuple[int, list[int]] | str:
     """(prompt length, ids of both up to the completion's end-of-turn token), or why there is none.
 
@@ -160,12 +180,16 @@ async def tokenize_item(
         return "empty"
     if item.completion[0].get("cut_off"):
         completion = without_end(completion)
-    longest = base.max_position_embeddings
-    if engine.max_model_len is not None:
-        longest = min(longest, engine.max_model_len)
-    if len(asked_ids) + len(completion) >= longest:
+    if len(asked_ids) + len(completion) >= _longest(engine, base):
         return "too_long"
     return len(asked_ids), [*asked_ids, *completion]
+
+
+def _longest(engine: Engine, base: BaseModel) -> int:
+    """How many tokens the engine reads at most."""
+    if engine.max_model_len is None:
+        return base.max_position_embeddings
+    return min(base.max_position_embeddings, engine.max_model_len)
 
 
 def _find(gateway: Gateway, name: str) -> ReleaseView:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from feedback.db import json_in_order
 from server.chat.engine_request import encode_body, engine_body
 from server.chat.request import parse_chat
-from server.endpoints.internal import ScoreItem, tokenize_item
+from server.endpoints.internal import AnswerItem, tokenize_item
 from server.engines.base import EngineAddress
 from server.engines.vllm import VllmEngine
 from tests.chat_templates import ENDS, FAMILIES
@@ -172,7 +172,7 @@ async def test_served_recorded_trained_and_evaluated_prompts_are_the_same_tokens
         assert count(trained, control) == count(plain, control), asked
 
         rendered = trainer.renderer.render([row], frozenset({"supervised"}))
-        item = ScoreItem(
+        item = AnswerItem(
             prompt=parsed.messages,
             completion=[{"role": "assistant", "content": answer}],
             tools=sent.get("tools"),

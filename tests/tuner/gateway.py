@@ -63,5 +63,6 @@ class FakeGateway:
         )
 
     def _score(self, body: dict[str, Any], item: dict[str, Any]) -> dict[str, Any]:
-        logprob = self.logprob(body["model"], item["completion"][0]["content"])
+        said = item["text"] if "text" in item else item["completion"][0]["content"]
+        logprob = self.logprob(body["model"], said)
         return {"prompt_tokens": 4, "completion_tokens": 2, "logprob": logprob}

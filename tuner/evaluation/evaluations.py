@@ -139,6 +139,7 @@ def load_subject(session: Session, evaluation_id: str) -> Subject:
         candidate=candidate,
         baseline=baseline,
         rows=(),
+        origin=get_release(session, f"{evaluation.deployment}@0"),
         own_prompts=frozenset(prompt for prompt in prompts if prompt),
         prepends=(policies or {}).get("system_prompt") == "prepend",
         candidate_deleted=_deleted_files(session, candidate),

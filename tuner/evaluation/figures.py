@@ -46,6 +46,23 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """How far a release is from the base: `KL(base ‖ release)`, nats per token."""
+
+    kl: float
+    error: float  #: its standard error
+
+
+@dataclass(frozen=True, slots=True)
+class General:
+    """What one release makes of what nobody taught it; None where it couldn't be measured."""
+
+    nll: float | None = None  #: of plain text, nats per token
+    tokens: int = 0  #: of that text
+    moved: Moved | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """All that the gate looks at. Every part may be empty."""
 
@@ -55,5 +72,8 @@ class Figures:
     labelled: Sequence[Labelled] = ()
     candidate_answers: Sequence[Written] = ()
     baseline_answers: Sequence[Written] = ()
+    candidate_general: General = General()
+    baseline_general: General = General()
+    base_general: General = General()
     candidate_deleted: Sequence[str] = ()  #: files that it learned from and nobody can look into
     baseline_deleted: Sequence[str] = ()

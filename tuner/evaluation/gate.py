@@ -56,6 +56,8 @@ class Thresholds:
     empty_rise: float = 0.1
     cut_off_rise: float = 0.25
     repeated_rise: float = 0.15
+    general_nll_rise: float = 0.03  #: of the base's, as a share
+    kl: float = 0.5  #: from the base, nats per token
     #: longest (and, inverted, shortest) median length against good answers
     length_ratio: float = 4.0
 
@@ -106,6 +108,8 @@ def decide(figures: Figures, thresholds: Thresholds | None = None) -> GateResult
     sanity = [
         _check_chosen_nll(figures.chosen_nll, thresholds),
         *_check_answers(figures, thresholds),
+        _check_general(figures, thresholds),
+        _check_kl(figures, thresholds),
     ]
     hidden = _check_deleted(figures)
     checks = (*primary, *sanity, *hidden)
@@ -347,6 +351,65 @@ def _check_length(mine: Sequence[Written], theirs: Sequence[Written], limit: flo
         baseline,
         limit,
     )
+
+
+def _check_general(figures: Figures, thresholds: Thresholds) -> Check:
+    """What was learned must not be paid for with what nobody asked to give up.
+
+    Against the base, so that it can't add up over releases. Past the limit a candidate fails unless
+    the baseline was there before it.
+    """
+    name = "general_nll"
+    base, candidate = figures.base_general.nll, figures.candidate_general.nll
+    baseline = figures.baseline_general.nll
+    if base is None or candidate is None or baseline is None:
+        return Check(name, Decision.INCONCLUSIVE, "General text was not read.")
+    limit = max(base * (1 + thresholds.general_nll_rise), baseline)
+    failed = candidate > limit + 1e-9
+    said = (
+        f"General text, which nobody tunes on: {candidate:.2f} nats per token under the candidate "
+        f"({_change(candidate, base)}), {baseline:.2f} under the baseline "
+        f"({_change(baseline, base)}), {base:.2f} under the base; a rise of up to "
+        f"{thresholds.general_nll_rise:.0%}, or up to the baseline's, is allowed."
+    )
+    return Check(
+        name,
+        Decision.FAIL if failed else Decision.PASS,
+        f"{said} {_LESS}" if failed else said,
+        candidate,
+        baseline,
+        limit,
+    )
+
+
+def _check_kl(figures: Figures, thresholds: Thresholds) -> Check:
+    """A generous limit: what people teach is a move from the base, too."""
+    name = "kl"
+    candidate, baseline = figures.candidate_general.moved, figures.baseline_general.moved
+    if candidate is None or baseline is None:
+        return Check(name, Decision.INCONCLUSIVE, "The base's own answers were not compared.")
+    limit = max(thresholds.kl, baseline.kl)
+    failed = candidate.kl > limit + 1e-9
+    said = (
+        f"Answers of the base: the candidate is {candidate.kl:.3f} ± {candidate.error:.3f} nats "
+        f"per token away from it, the baseline {baseline.kl:.3f}; up to {thresholds.kl:g}, or up "
+        "to the baseline's, is allowed."
+    )
+    return Check(
+        name,
+        Decision.FAIL if failed else Decision.PASS,
+        f"{said} {_LESS}" if failed else said,
+        candidate.kl,
+        baseline.kl,
+        limit,
+    )
+
+
+_LESS = "Tune again with a lower learning rate or fewer epochs, or on more judgements."
+
+
+def _change(value: float, base: float) -> str:
+    return f"{value / base - 1:+.1%}" if base else "–"
 
 
 def _length_ratio(answers: Sequence[Written]) -> float | None:

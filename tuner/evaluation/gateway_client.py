@@ -83,7 +83,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """A greedy answer."""
+    """An answer as it was generated."""
 
     text: str
     finish_reason: str | None
@@ -154,10 +154,25 @@ class GatewayClient:
             scores += [_read_score(item) for item in reply["items"]]
         return scores
 
+    def score_text(self, model: str, texts: Sequence[str]) -> list[Score | Unscored]:
+        """Score plain texts under a release or the base, in order: every token but the first.
+
+        Nothing is put before or behind a text.
+        """
+        scores: list[Score | Unscored] = []
+        for start in range(0, len(texts), ITEMS_PER_REQUEST):
+            batch = [{"text": text} for text in texts[start : start + ITEMS_PER_REQUEST]]
+            reply = self._call("POST", "/internal/score", {"model": model, "items": batch})
+            scores += [_read_score(item) for item in reply["items"]]
+        return scores
+
     def generate(
-        self, model: str, prompt: Asked, *, max_tokens: int, seed: int = 0
+        self, model: str, prompt: Asked, *, max_tokens: int, temperature: float = 0, seed: int = 0
     ) -> GeneratedAnswer:
-        """One greedy answer of a release. Tools are shown to it; a call comes as text."""
+        """One answer of a release, greedy unless a temperature is given.
+
+        Tools are shown to it; a call comes as text.
+        """
         tools = {"tools": list(prompt.tools), "tool_choice": "none"} if prompt.tools else {}
         reply = self._call(
             "POST",
@@ -167,7 +182,8 @@ class GatewayClient:
                 "messages": as_sent(prompt.messages),
                 **tools,
                 **_template_settings(prompt.template_kwargs),
-                "temperature": 0,
+                "temperature": temperature,
+                **({"top_p": 1} if temperature else {}),
                 "max_tokens": max_tokens,
                 "seed": seed,
             },

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from feedback.answers import text_of
@@ -22,7 +23,8 @@ from feedback.canonical import json_in_order
 from feedback.curation.examples import ExampleKind
 from feedback.curation.extract import build_prompt_hash
 from feedback.formats.messages import join_parts
-from tuner.evaluation.figures import Figures, Labelled, Paired, Written
+from tuner.evaluation import general
+from tuner.evaluation.figures import Figures, General, Labelled, Paired, Written
 from tuner.evaluation.gate import GateResult, decide
 from tuner.evaluation.gateway_client import (
     ITEMS_PER_REQUEST,
@@ -64,6 +66,8 @@ class Subject:
     #: the holdout, without what either learned from, in an order that says nothing about it
     rows: Sequence[Mapping[str, Any]]
     own_prompts: frozenset[str]  #: system prompts of the deployment's releases
+    #: the release of the base itself, by which it is seen what others forgot; None: not looked at
+    origin: Release | None = None
     prepends: bool = False  #: whether these stand before a caller's own system message
     left_out: int = 0  #: holdout rows that one of the two learned from
     candidate_deleted: Sequence[str] = ()  #: files that it learned from, deleted since
@@ -76,14 +80,17 @@ def run_evaluation(
     *,
     report: Report,
     extent: Extent | None = None,
+    folder: Path | None = None,
 ) -> tuple[GateResult, dict[str, Any]]:
     """Measure both releases and decide; returns the result and the figures behind it.
 
-    `report` is called between requests; what it raises ends the evaluation. Raises `GatewayError`,
-    `GatewayUnreachable`, `SlotLost`.
+    `folder` keeps the base's answers from one evaluation to the next; without it the base isn't
+    asked. `report` is called between requests; what it raises ends the evaluation.
+
+    Raises `GatewayError`, `GatewayUnreachable`, `SlotLost`.
     """
     extent = extent or Extent()
-    if subject.rows and subject.candidate.adapter_id is not None:
+    if subject.candidate.adapter_id is not None and (subject.rows or subject.origin is not None):
         # In a thread as well: a worker told to stop need not wait until the candidate is loaded.
         (slot,) = in_threads(
             client.take_evaluation_slot,
@@ -97,9 +104,9 @@ def run_evaluation(
                 check_slot()
                 report(what, done, total)
 
-            figures, metrics = _measure(client, subject, extent, report_while_held)
+            figures, metrics = _measure(client, subject, extent, report_while_held, folder)
     else:
-        figures, metrics = _measure(client, subject, extent, report)
+        figures, metrics = _measure(client, subject, extent, report, folder)
     return decide(figures), metrics
 
 
@@ -118,7 +125,7 @@ def build_prompt(prompt: Sequence[Message], release: Release, subject: Subject) 
 
 
 def _measure(
-    client: GatewayClient, subject: Subject, extent: Extent, report: Report
+    client: GatewayClient, subject: Subject, extent: Extent, report: Report, folder: Path | None
 ) -> tuple[Figures, dict[str, Any]]:
     nll: list[Paired] = []
     chosen_nll: list[Paired] = []
@@ -138,6 +145,7 @@ def _measure(
             shift = found.nll("completion", 1) - found.nll("completion", 0)
             labelled.append(Labelled(unit, bool(row["label"]), shift))
     candidate_answers, baseline_answers = _write_answers(client, subject, extent, report)
+    candidate, baseline, base = _measure_general(client, subject, report, folder)
     return (
         Figures(
             nll,
@@ -146,6 +154,9 @@ def _measure(
             labelled,
             candidate_answers,
             baseline_answers,
+            candidate,
+            baseline,
+            base,
             subject.candidate_deleted,
             subject.baseline_deleted,
         ),
@@ -158,8 +169,52 @@ def _measure(
             "preference_rows": len(margins),
             "labelled_rows": len(labelled),
             "generated_answers": len(candidate_answers),
+            **_describe_general(candidate, baseline, base),
         },
     )
+
+
+def _measure_general(
+    client: GatewayClient, subject: Subject, report: Report, folder: Path | None
+) -> tuple[General, General, General]:
+    """What candidate, baseline and base make of what nobody taught them."""
+    origin = subject.origin
+    if origin is None:
+        return General(), General(), General()
+    answers = None
+    if folder is not None:
+        answers = general.read_base_answers(
+            client,
+            folder,
+            origin,
+            lambda done: report("asking the base", done, len(general.PROMPTS)),
+        )
+    names = [_scored_as(release) for release in (subject.candidate, subject.baseline)]
+    found = general.measure_general(
+        client,
+        names,
+        origin,
+        answers,
+        lambda done: report("reading general text", done, len({*names, origin.base_model})),
+    )
+    return found[names[0]], found[names[1]], found[origin.base_model]
+
+
+def _describe_general(candidate: General, baseline: General, base: General) -> dict[str, Any]:
+    """The figures by name; a change is a share of the base's."""
+    found: dict[str, Any] = {
+        "general_tokens": base.tokens,
+        "general_nll": candidate.nll,
+        "general_nll_baseline": baseline.nll,
+        "general_nll_base": base.nll,
+        "general_nll_change": None,
+        "kl": None if candidate.moved is None else candidate.moved.kl,
+        "kl_error": None if candidate.moved is None else candidate.moved.error,
+        "kl_baseline": None if baseline.moved is None else baseline.moved.kl,
+    }
+    if candidate.nll is not None and base.nll:
+        found["general_nll_change"] = candidate.nll / base.nll - 1
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,20 +322,22 @@ def _score_all(
 
 
 def _askings(subject: Subject, row: Mapping[str, Any]) -> list[tuple[str, Asked]]:
-    """(model, prompt) under candidate, baseline and base.
-
-    A release without adapter is the base with its prompt.
-    """
+    """(model, prompt) under candidate, baseline and base."""
     return [
         *(
             (
-                release.name if release.adapter_id is not None else release.base_model,
+                _scored_as(release),
                 _ask(row, build_prompt(row["prompt"], release, subject)),
             )
             for release in (subject.candidate, subject.baseline)
         ),
         (subject.candidate.base_model, _ask(row, row["prompt"])),
     ]
+
+
+def _scored_as(release: Release) -> str:
+    """A release without adapter is the base with its prompt."""
+    return release.name if release.adapter_id is not None else release.base_model
 
 
 def _ask(row: Mapping[str, Any], messages: Sequence[Message]) -> Asked:

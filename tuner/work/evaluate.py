@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from tuner import jobs
 from tuner.evaluation.evaluations import find_holdout_files, load_subject, record_result
@@ -14,6 +15,8 @@ from tuner.jobs import JobFailed
 from tuner.work.journal import Journal, Progress
 from tuner.work.lease import Lease
 from tuner.work.workbench import Workbench
+
+GENERAL_FOLDER: Final = "general"  #: of the data directory: what the base answered, once
 
 
 def evaluate_release(bench: Workbench, lease: Lease) -> None:
@@ -33,7 +36,9 @@ def evaluate_release(bench: Workbench, lease: Lease) -> None:
     subject = replace(subject, rows=rows, left_out=rows.left_out)
     journal = Journal(bench.database, lease.job)
     progress = Progress(journal, lease.check, bench.monotonic)
-    result, metrics = run_evaluation(bench.client, subject, report=progress.report)
+    result, metrics = run_evaluation(
+        bench.client, subject, report=progress.report, folder=bench.options.data / GENERAL_FOLDER
+    )
     reasons = list(result.reasons)
     with lease.ending() as session:
         journal.flush(session)

@@ -12,7 +12,7 @@ from server.endpoints.bodies import WORKER_BODY_BYTES
 from tests.fake_engine import BASE, FakeEngine, Faults, fake_logprobs, fake_tokens
 from tests.gateway_fixtures import RunningGateway
 from tuner import releases
-from tuner.evaluation.gateway_client import Asked, GatewayClient, Score
+from tuner.evaluation.gateway_client import Asked, GatewayClient, Score, Unscored
 
 PROMPT = [{"role": "user", "content": "hi"}]
 ANSWER = {"role": "assistant", "content": "hello"}
@@ -50,6 +50,34 @@ def test_scores_are_those_of_the_completion_s_tokens_under_the_release_s_weights
     # The answer is counted; what was asked, a person's prompt, is not kept a second time.
     assert [(row.kind, row.trainable, row.stored) for row in rows] == [("internal", False, False)]
     assert texts == []
+
+
+def test_a_plain_text_is_scored_as_it_is(sqlite_gateway: RunningGateway) -> None:
+    texts = ["Plain text, as it is.", "x"]
+    with GatewayClient(sqlite_gateway.url, sqlite_gateway.worker_key) as client:
+        found, short = client.score_text("tiny", texts)
+    ids = [*texts[0].encode()]
+    assert found == Score(1, len(ids) - 1, pytest.approx(sum(fake_logprobs(BASE, ids))))
+    assert short == Unscored("empty")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"text": ""},
+        {"text": "a" * 16_385},
+        {"text": "both", "prompt": PROMPT, "completion": [ANSWER]},
+        {"prompt": PROMPT},
+        {},
+    ],
+)
+def test_an_item_is_a_text_or_an_answer(
+    sqlite_gateway: RunningGateway, item: dict[str, Any]
+) -> None:
+    client = sqlite_gateway.client(sqlite_gateway.worker_key)
+    reply = client.post("/internal/score", json={"model": "tiny", "items": [item]})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"].startswith("items")
 
 
 def test_an_answer_that_was_cut_off_is_scored_without_an_end(

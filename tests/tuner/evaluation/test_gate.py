@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.evaluation.figures import Figures, Labelled, Paired, Written
+from tuner.evaluation.figures import Figures, General, Labelled, Moved, Paired, Written
 from tuner.evaluation.gate import Check, Thresholds, decide, pair_score
 from tuner.tables import Decision
 
@@ -113,7 +113,7 @@ def test_decision(figures: Figures, decision: Decision) -> None:
 def test_every_verdict_has_every_check() -> None:
     names = {check.name for check in decide(Figures()).checks}
     assert names == {check.name for check in decide(Figures(nll=nll(1.0), **answers())).checks}
-    assert len(names) == 8
+    assert len(names) == 10
 
 
 def test_a_candidate_nearer_to_good_length_than_the_baseline_is_not_failed_for_length() -> None:
@@ -264,3 +264,38 @@ def test_whatever_is_missing_there_is_a_verdict_with_reasons(figures: Figures) -
     assert (result.decision == FAIL) == bool(failed)
     better = [check.name for check in result.checks[:3] if check.outcome == PASS]
     assert (result.decision == PASS) == (bool(better) and not failed)
+
+
+def general(candidate: float, baseline: float, *, kl: tuple[float, float] = (0.0, 0.0)) -> Figures:
+    """A base that finds general text worth two nats a token."""
+    return Figures(
+        candidate_general=General(2 * candidate, 100, Moved(kl[0], 0.01)),
+        baseline_general=General(2 * baseline, 100, Moved(kl[1], 0.01)),
+        base_general=General(2.0, 100, Moved(0.0, 0.0)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "failed"),
+    [
+        (general(1.03, 1.0), []),
+        (general(1.031, 1.0), ["general_nll"]),
+        (general(0.9, 1.0), []),
+        (general(1.10, 1.12), []),  # the baseline was there before: better is no harm
+        (general(1.13, 1.12), ["general_nll"]),
+        (general(1.0, 1.0, kl=(0.5, 0.0)), []),
+        (general(1.0, 1.0, kl=(0.51, 0.0)), ["kl"]),
+        (general(1.0, 1.0, kl=(0.9, 1.0)), []),
+        (general(1.2, 1.0, kl=(2.0, 0.1)), ["general_nll", "kl"]),
+        (Figures(), []),
+    ],
+)
+def test_what_is_forgotten_has_limits_against_the_base(figures: Figures, failed: list[str]) -> None:
+    result = decide(figures)
+    found = [check for check in result.checks if check.outcome == Decision.FAIL]
+    assert [check.name for check in found] == failed
+    assert (result.decision == Decision.FAIL) is bool(failed)
+    for check in found:
+        assert check.candidate is not None
+        assert check.limit is not None
+        assert check.candidate > check.limit

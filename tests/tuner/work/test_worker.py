@@ -26,6 +26,7 @@ from tests.tuner.work.home import Home, make_home, names_below
 from tuner import job_events, jobs
 from tuner.adapters import AdapterStore
 from tuner.deployments import get_deployment
+from tuner.evaluation.general import read_passages
 from tuner.tables import Evaluation, JobKind, JobStatus
 from tuner.tuning import create_freeze_job, create_tuning_job
 from tuner.work.remains import trainer_place
@@ -69,9 +70,12 @@ def test_corrections_become_an_evaluated_candidate(database: Database, tmp_path:
     ]
     assert config["data_hash"] == frozen.result["content_hash"]
 
-    home.gateway.logprob = lambda model, text: (
-        -1.0 if ("@" in model) == text.removesuffix(".").isdigit() else -4.0
-    )
+    def logprob(model: str, text: str) -> float:
+        if text in (*read_passages(), home.gateway.text):
+            return -2.0  # what nobody taught is not forgotten
+        return -1.0 if ("@" in model) == text.removesuffix(".").isdigit() else -4.0
+
+    home.gateway.logprob = logprob
     assert worker.run_one()
     assert not worker.run_one()
     with database.read() as session:
