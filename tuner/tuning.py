@@ -11,12 +11,13 @@ import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import distinct, func, select
 from sqlalchemy.orm import Session
 
 from feedback.curation.examples import ExampleKind
 from feedback.errors import BadRequest, Conflict, NotFound
-from feedback.tables import Dataset, DatasetStatus, File
+from feedback.tables import Dataset, DatasetRow, DatasetStatus, File
+from tuner.job_events import NewEvent, append_events
 from tuner.jobs import ENDED, create_job
 from tuner.methods import (
     AUTO,
@@ -31,6 +32,12 @@ from tuner.tables import Deployment, Job, JobKind
 
 LONGEST_SUFFIX = 64
 """Characters; OpenAI's bound."""
+
+FEWEST_JUDGEMENTS = 20
+"""With fewer a data set isn't tuned on: what came of it would be chance."""
+
+FEW_JUDGEMENTS = 200
+"""With fewer a job says that results vary."""
 
 
 def check_method(method: str) -> MethodFacts:
@@ -52,6 +59,57 @@ def check_dataset_serves(dataset: Dataset, method: str) -> None:
         param="training_file",
         code="nothing_to_learn",
     )
+
+
+def count_judgements(session: Session, dataset: Dataset, method: Method) -> int | None:
+    """How many judgements of the data set teach by `method`, those in its holdout included.
+
+    A correction may have made two examples, and counts once. None where there are plainly enough:
+    `FEW_JUDGEMENTS` or more.
+    """
+    reads = METHODS[method].reads
+    if sum(dataset.counts.get(kind, 0) for kind in reads) >= 2 * FEW_JUDGEMENTS:
+        return None  # no judgement makes more than two
+    return session.scalar(
+        select(func.count(distinct(DatasetRow.judgement_id))).where(
+            DatasetRow.dataset_id == dataset.id, DatasetRow.kind.in_(reads)
+        )
+    )
+
+
+def _check_judgements(dataset: Dataset, method: Method, found: int | None) -> None:
+    if found is None or found >= FEWEST_JUDGEMENTS:
+        return
+    rows = {kind: dataset.counts.get(kind, 0) for kind in METHODS[method].reads}
+    made = ", ".join(f"{count} {kind}" for kind, count in rows.items() if count)
+    added = METHODS[method].to_add
+    raise BadRequest(
+        f"{dataset.id} has {found} {_judgements(found)} that teach by method {str(method)!r} "
+        f"(examples to train on: {made}), at least {FEWEST_JUDGEMENTS} are needed: "
+        f"{FEWEST_JUDGEMENTS - found} more. {added[0].upper()}{added[1:]}, and make a new data "
+        "set. An uploaded file is tuned on whatever its size.",
+        param="training_file",
+        code="too_few_judgements",
+    )
+
+
+def _judgements(count: int) -> str:
+    return "judgement" if count == 1 else "judgements"
+
+
+def _warn_of_few(found: int | None, files: Sequence[File]) -> str | None:
+    """What people should know before they wait for the job; None where there is enough."""
+    if found is not None and found < FEW_JUDGEMENTS:
+        return (
+            f"The data set has {found} judgements that teach. With fewer than {FEW_JUDGEMENTS} "
+            "results vary much: read the evaluation and some answers before promoting."
+        )
+    rows = sum(file.rows for file in files)
+    if found is None and rows < FEWEST_JUDGEMENTS:
+        return (
+            f"{rows} examples are very few: read the evaluation and some answers before promoting."
+        )
+    return None
 
 
 def _describe_rest(dataset: Dataset, method: str) -> str:
@@ -152,16 +210,20 @@ def create_tuning_job(
             "use a smaller one or raise engine.max_lora_rank.",
             param="hyperparameters.r",
         )
+    found: int | None = None
     if training_file.startswith("ds_"):
         dataset_id: str | None = training_file
-        files = _dataset_files(session, deployment, training_file, method)
+        dataset = _get_dataset(session, deployment, training_file)
+        files = _dataset_files(session, dataset, method)
+        found = count_judgements(session, dataset, Method(method))
+        _check_judgements(dataset, Method(method), found)
     else:
         file = _get_training_file(session, deployment, training_file, method)
         files, dataset_id = [file], file.dataset_id
     if validation_file is not None:
         validation = _get_validation_file(session, deployment, validation_file, method)
         _refuse_the_same(validation, files, training_file)
-    return create_job(
+    job = create_job(
         session,
         JobKind.TUNE,
         spec={
@@ -181,6 +243,9 @@ def create_tuning_job(
         person_id=person_id,
         created_by=created_by,
     )
+    if (warning := _warn_of_few(found, files)) is not None:
+        append_events(session, job.id, job.attempt, [NewEvent(warning, level="warn")])
+    return job
 
 
 def list_sources_left_out(
@@ -264,14 +329,12 @@ def _get_dataset(
     return dataset
 
 
-def _dataset_files(
-    session: Session, deployment: Deployment, dataset_id: str, method: str
-) -> Sequence[File]:
-    check_dataset_serves(_get_dataset(session, deployment, dataset_id), method)
+def _dataset_files(session: Session, dataset: Dataset, method: str) -> Sequence[File]:
+    check_dataset_serves(dataset, method)
     kinds: Sequence[str] = METHODS[Method(method)].reads
     files = session.scalars(
         select(File).where(
-            File.dataset_id == dataset_id,
+            File.dataset_id == dataset.id,
             File.side == "train",
             File.dialect == "trl",
             File.kind.in_(kinds),

@@ -150,7 +150,7 @@ class Jobs:
 
     def freeze(self) -> str:
         """A data set of corrections; one of them stands in a conversation that is refused."""
-        for number in range(12):
+        for number in range(24):
             more = REFUSED if number == 0 else f"number {number * 7919}"
             said = [{"role": "user", "content": f"{self.canary(f'question {number}')} {more}"}]
             body = {"model": "assistant", "messages": said}

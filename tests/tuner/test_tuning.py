@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from feedback.db import Database
-from feedback.errors import AppError
-from feedback.tables import DatasetStatus, File
+from feedback.errors import AppError, BadRequest
+from feedback.tables import Dataset, DatasetRow, DatasetStatus, File
 from tests.tuner.records import (
     add_dataset,
     add_file,
@@ -20,9 +22,10 @@ from tests.tuner.records import (
 )
 from tuner import jobs, tuning
 from tuner.deployments import get_deployment
+from tuner.job_events import list_events
 from tuner.methods import HYPERPARAMETERS, Choice, Method
 from tuner.moves import move_production
-from tuner.tables import JobKind
+from tuner.tables import Job, JobEvent, JobKind
 from tuner.tuning import check_hyperparameters, create_tuning_job
 
 ROWS = [
@@ -355,3 +358,69 @@ def test_a_freeze_job_is_named_by_its_data_set(sqlite_database: Database, tmp_pa
             "assistant",
         )
         assert dataset.job_id == job.id
+
+
+def list_warnings(session: Session, job: Job) -> list[JobEvent]:
+    events, _ = list_events(session, job.id)
+    return [event for event in events if event.level == "warn"]
+
+
+def add_judgements(session: Session, dataset: Dataset, **counts: int) -> None:
+    """Who taught what: so many judgements for each kind of example, and all of them corrected."""
+    for kind, count in counts.items():
+        for number in range(count):
+            session.add(
+                DatasetRow(
+                    dataset_id=dataset.id,
+                    example_id=f"ex_{kind}_{number}",
+                    kind=kind,
+                    side="holdout" if number % 7 == 0 else "train",
+                    answer_id=f"chatcmpl-{number}",
+                    judgement_id=f"fb_{number}",
+                )
+            )
+    session.flush()
+
+
+@pytest.mark.real_bound
+@pytest.mark.parametrize(
+    ("method", "taught", "said"),
+    [
+        ("combined", {"supervised": 20}, None),
+        ("combined", {"supervised": 19, "preference": 12}, "19 judgements that teach by method"),
+        ("dpo", {"preference": 1}, "1 judgement that teach"),
+        ("kto", {"labelled": 19, "supervised": 30}, "1 more. Add ratings or stars, and make a new"),
+        ("kto", {"labelled": 20}, None),
+    ],
+)
+def test_a_data_set_of_fewer_than_twenty_judgements_is_refused(
+    sqlite_database: Database,
+    tmp_path: Path,
+    method: str,
+    taught: dict[str, int],
+    said: str | None,
+) -> None:
+    with sqlite_database.write() as session:
+        deployment = make_deployment(session)
+        dataset = add_dataset(session, tmp_path, train=[*ROWS, *RATED])
+        add_judgements(session, dataset, **taught)
+        ask = {"method": method, "training_file": dataset.id}
+        if said is None:
+            job = create_tuning_job(session, deployment, **ask)
+            (warning,) = list_warnings(session, job)
+            assert "has 20 judgements that teach. With fewer than 200" in warning.message
+        else:
+            with pytest.raises(BadRequest, match=re.escape(said)) as refused:
+                create_tuning_job(session, deployment, **ask)
+            assert refused.value.code == "too_few_judgements"
+            assert "at least 20 are needed" in refused.value.message
+
+
+@pytest.mark.real_bound
+def test_an_upload_is_tuned_on_whatever_its_size(sqlite_database: Database, tmp_path: Path) -> None:
+    with sqlite_database.write() as session:
+        deployment = make_deployment(session)
+        upload = add_file(session, tmp_path, ROWS, kind=None, side=None)
+        job = create_tuning_job(session, deployment, method="supervised", training_file=upload.id)
+        (warning,) = list_warnings(session, job)
+        assert warning.message.startswith("3 examples are very few")
