@@ -67,12 +67,13 @@ METHODS: Final[Mapping[Method, MethodFacts]] = {
         defaults={"learning_rate": 2e-4, "epochs": 3, "labelled_loss": "kto"},
     ),
     # KTO's estimate is the mean over a step's labelled examples. Here these are two or three of the
-    # default's eight, so it would be noise.
+    # default's eight, so it would be noise. Rate and epochs are where a hundred mixed judgements
+    # taught SmolLM2-135M an ending that it never had and general text stayed within 3 %.
     Method.COMBINED: MethodFacts(
         reads=("preference", "supervised", "labelled"),
         needs=("preference", "supervised", "labelled"),
         to_add="add corrections, comparisons, ratings or stars",
-        defaults={"learning_rate": 2e-4, "epochs": 3, "labelled_loss": "apo_zero_unpaired"},
+        defaults={"learning_rate": 4e-4, "epochs": 4, "labelled_loss": "apo_zero_unpaired"},
     ),
 }
 
@@ -183,10 +184,11 @@ HYPERPARAMETERS: Final[Mapping[str, Hyperparameter | Choice]] = {
         "supervised_weight", float, 1e-6, 1e3, 1.0, "of each supervised example", methods=_COMBINED
     ),
     "preference_weight": Hyperparameter(
-        "preference_weight", float, 1e-6, 1e3, 1.0, "of each preference pair", methods=_COMBINED
+        "preference_weight", float, 1e-6, 1e3, 0.5, "of each preference pair", methods=_COMBINED
     ),
+    # The losses of labelled answers and pairs sum over tokens, the likelihood is a mean over them.
     "labelled_weight": Hyperparameter(
-        "labelled_weight", float, 1e-6, 1e3, 1.0, "of each labelled example", methods=_COMBINED
+        "labelled_weight", float, 1e-6, 1e3, 0.02, "of each labelled example", methods=_COMBINED
     ),
     "r": Hyperparameter("r", int, 1, 512, 16, "rank of the adapter"),
     # Whole, as in peft and vLLM.

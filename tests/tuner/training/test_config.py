@@ -45,7 +45,7 @@ def test_what_cannot_be_run_is_named(
 
 @pytest.mark.parametrize(
     ("method", "rate", "epochs"),
-    [("supervised", 2e-4, 3), ("dpo", 1e-5, 2), ("kto", 2e-4, 3), ("combined", 2e-4, 3)],
+    [("supervised", 2e-4, 3), ("dpo", 1e-5, 2), ("kto", 2e-4, 3), ("combined", 4e-4, 4)],
 )
 def test_each_method_has_its_own_defaults(
     settings: dict[str, Any], method: str, rate: float, epochs: int
