@@ -24,8 +24,8 @@ from server.processes.engine import answers_ok, free_port
 
 DEPLOYMENT = "assistant"
 BASE = f"{DEPLOYMENT}@0"
-SYSTEM = "Keep your answers short."  #: in every request, as an application would send it
-MAX_TOKENS = 128
+SYSTEM = "Answer in two or three sentences."  #: in every request, as an application would send it
+MAX_TOKENS = 192
 THREADS = 16  #: what the engine answers at once without a GPU
 BLOCK = 32  #: answers that are asked for before what came is written down
 START_SECONDS = 900.0
