@@ -122,6 +122,10 @@ def decide(figures: Figures, thresholds: Thresholds | None = None) -> GateResult
         reasons = [check.message for check in better] + doubts
         if figures.candidate_deleted:
             return GateResult(Decision.INCONCLUSIVE, tuple(reasons), checks)
+        # What it cost is told with what it brought.
+        reasons += [
+            check.message for check in sanity if check.name == "general_nll" and check.limit
+        ]
         return GateResult(Decision.PASS, (*reasons, "No check found the candidate worse."), checks)
     if not (figures.nll or figures.margins or figures.labelled):
         return GateResult(
@@ -362,8 +366,16 @@ def _check_general(figures: Figures, thresholds: Thresholds) -> Check:
     name = "general_nll"
     base, candidate = figures.base_general.nll, figures.candidate_general.nll
     baseline = figures.baseline_general.nll
-    if base is None or candidate is None or baseline is None:
+    if base is None:
         return Check(name, Decision.INCONCLUSIVE, "General text was not read.")
+    if candidate is None:
+        return Check(
+            name,
+            Decision.FAIL,
+            "General text has a likelihood under the base and none under the candidate, whose "
+            f"figures aren't numbers. {_LESS}",
+        )
+    baseline = base if baseline is None else baseline
     limit = max(base * (1 + thresholds.general_nll_rise), baseline)
     failed = candidate > limit + 1e-9
     said = (

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import httpx
 
@@ -79,6 +79,18 @@ class Slot:
     release: str
     token: str
     expires_in_seconds: float
+
+
+#: What is sampled is what the model expects: neither a release's settings nor the base's own cut or
+#: bend it.
+_UNTOUCHED: Final = {
+    "top_p": 1,
+    "top_k": -1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +195,7 @@ class GatewayClient:
                 **tools,
                 **_template_settings(prompt.template_kwargs),
                 "temperature": temperature,
-                **({"top_p": 1} if temperature else {}),
+                **(_UNTOUCHED if temperature else {}),
                 "max_tokens": max_tokens,
                 "seed": seed,
             },

@@ -186,7 +186,13 @@ def read_base_answers(
             extra={"action": "general_answers_missing", "error": type(error).__name__},
         )
         return None
-    _write(file, found)
+    try:
+        _write(file, found)
+    except OSError as error:  # a full disk costs the next evaluation its time, not this one
+        logger.warning(
+            "The base's answers were not kept",
+            extra={"action": "general_answers_not_kept", "error": type(error).__name__},
+        )
     return found
 
 

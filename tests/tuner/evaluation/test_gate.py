@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -299,3 +300,20 @@ def test_what_is_forgotten_has_limits_against_the_base(figures: Figures, failed:
         assert check.candidate is not None
         assert check.limit is not None
         assert check.candidate > check.limit
+
+
+def test_a_pass_says_what_it_cost() -> None:
+    measured = general(1.02, 1.0)
+    result = decide(replace(measured, nll=nll(*[0.3] * 6)))
+    assert result.decision == PASS
+    assert "(+2.0%)" in result.reasons[1]
+
+
+def test_a_candidate_whose_figures_are_no_numbers_fails() -> None:
+    base = General(2.0, 100)
+    broken = Figures(nll=nll(*[0.3] * 6), baseline_general=base, base_general=base)
+    result = decide(broken)
+    assert result.decision == Decision.FAIL
+    assert "none under the candidate" in result.reasons[0]
+    odd = Figures(candidate_general=base, base_general=base)
+    assert {check.name: check.outcome for check in decide(odd).checks}["general_nll"] == PASS

@@ -102,6 +102,8 @@ def test_the_base_is_asked_once_for_all_that_its_answers_depend_on(tmp_path: Pat
         assert gateway.calls["/v1/chat/completions"] == len(PROMPTS)
         sampled = {(body["temperature"], body["top_p"], body["model"]) for body in gateway.bodies}
         assert sampled == {(1, 1, "assistant@0")}
+        untouched = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
+        assert all(body.items() >= untouched.items() for body in gateway.bodies)
         assert len({body["seed"] for body in gateway.bodies}) == len(PROMPTS)
         read_base_answers(client, tmp_path, release(0, system_prompt="Be kind."), quiet)
         assert gateway.calls["/v1/chat/completions"] == 2 * len(PROMPTS)
@@ -129,6 +131,15 @@ def test_a_base_that_cannot_be_asked_leaves_the_figure_out(tmp_path: Path) -> No
     with gateway.client() as client:
         assert read_base_answers(client, tmp_path, release(0), quiet) is None
     assert [*tmp_path.iterdir()] == []
+
+
+def test_answers_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "no-folder"
+    file.touch()
+    with FakeGateway(text="Well.").client() as client:
+        found = read_base_answers(client, file, release(0), quiet)
+    assert found is not None
+    assert len(found) == len(PROMPTS)
 
 
 def test_an_evaluation_fails_a_candidate_that_forgot_too_much(tmp_path: Path) -> None:
