@@ -90,7 +90,7 @@ _KEYS: Mapping[Shape, tuple[str, ...]] = {
     Shape.LABELLED: ("prompt", "completion", "label"),
     Shape.COMPLETION: ("prompt", "completion"),
 }
-OPTIONAL_KEYS = frozenset({"input", "system", "history", "tools", "weight"})
+OPTIONAL_KEYS = frozenset({"input", "system", "history", "tools", "weight", "corrects"})
 """Keys that a record may lack; `input` is optional in alpaca."""
 
 KNOWN_KEYS = OPTIONAL_KEYS.union(*_KEYS.values())
@@ -114,6 +114,7 @@ _SHARED = frozenset({"system", "tools", "weight"})  # of use in every form
 _USED_BESIDE: Mapping[Shape, frozenset[str]] = {
     Shape.OPENAI_PREFERENCE: frozenset({"weight"}),
     Shape.PREFERENCE: _SHARED | {"prompt"},
+    Shape.COMPLETION: _SHARED | {"corrects"},
     **dict.fromkeys(
         (Shape.ALPACA, Shape.ALPACA_LABELLED, Shape.ALPACA_PREFERENCE),
         _SHARED | {"input", "history"},
@@ -230,7 +231,14 @@ def _completion(record: Fields) -> Iterator[Row]:
     )
     prompt = add_system(record, read_turns(record["prompt"], "prompt", "user"))
     taught = {"prompt": strip_weights(prompt), "completion": strip_weights([completion])}
-    yield _row("supervised", taught, read_tools(record), read_weight(record))
+    row = _row("supervised", taught, read_tools(record), read_weight(record))
+    if record.get("corrects") is not None:
+        # As in data sets: it shows what was changed, and isn't part of what the row teaches.
+        worse = read_turns(record["corrects"], "corrects", "assistant")
+        row["corrects"] = strip_weights([read_one_answer(worse, "corrects")])
+        if (reason := find_unstorable(row["corrects"])) is not None:
+            raise ValueError(reason)
+    yield row
 
 
 def _labelled(record: Fields) -> Iterator[Row]:

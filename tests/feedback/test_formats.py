@@ -167,6 +167,22 @@ def test_an_answer_that_was_cut_off_stays_marked_so() -> None:
     assert "'cut_off' 1; true or false" in found
 
 
+def test_what_a_better_answer_corrects_is_kept_and_is_no_part_of_what_it_teaches() -> None:
+    plain = {"prompt": [ASK], "completion": [GOOD]}
+    (alone,), (corrected,), (text,) = (
+        read(lines({**plain, "corrects": worse})) for worse in (None, [BAD], BAD["content"])
+    )
+    assert "corrects" not in alone
+    assert corrected["corrects"] == text["corrects"] == [BAD]
+    assert alone["id"] == corrected["id"]
+    for worse, expected in (
+        ([BAD, ASK], "'corrects'"),
+        ([{**BAD, "content": "a\x00"}], "it has a NUL"),
+        (7, "'corrects'"),
+    ):
+        assert expected in refusal(lines({**plain, "corrects": worse}))
+
+
 def test_the_only_answer_of_a_row_cannot_have_the_weight_0() -> None:
     unweighted = {**GOOD, "weight": 0}
     for record in (
