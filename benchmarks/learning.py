@@ -9,8 +9,8 @@ are asked greedily. Each cell (wish, kinds, size, seed, recipe) is a line of the
 and a run goes on where the last one ended. What it costs elsewhere is the change of the negative
 log-likelihood of `--general-text`, plain text that nothing was trained on.
 
-It is in work: the crowd and its judgements were tried on the fake engine, no cell has been run on
-the real one yet, and the base's rates behind the choice of wishes are provisional.
+It is in work: cells were run from end to end on the real engine for trial, those that the project
+needs are still to be run, and the base's rates behind the choice of wishes are provisional.
 """
 
 from __future__ import annotations
